@@ -1,0 +1,129 @@
+"""Measurement operators: A takes an image to what the camera records, A_adjoint takes it back (paper, section 3.1).
+
+Methods are named as deepinv names them (A, A_adjoint, A_dagger), so that an operator of either library serves the other.
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LinearOperator(nn.Module):
+    """Base of all operators with A Aᵀ = I: a subclass gives `A` and `A_adjoint`, and `image_shape`, the (H, W) it takes.
+
+    Being a module it moves with `.to(device)`, and the reversible engine finds its parameters, should it have any.
+    """
+
+    image_shape: tuple[int, int]
+
+    def A(self, x: Tensor) -> Tensor:
+        """Measure images x (batch, 1, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} must define A")
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀy: images (batch, 1, H, W) from measurements."""
+        raise NotImplementedError(f"{type(self).__name__} must define A_adjoint")
+
+    def A_dagger(self, y: Tensor) -> Tensor:
+        """A⁺y, the least-squares image of least norm; equal to Aᵀy since A Aᵀ = I."""
+        return self.A_adjoint(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.A(x)
+
+
+class BlockCompressedSensing(LinearOperator):
+    """The published operator: shuffle all pixels by π, cut into rows of N, multiply each row by Φ.
+
+    A x = (π x) Φ and Aᵀ y = π⁻¹ (y Φᵀ), with ΦᵀΦ = I, hence A Aᵀ = I.
+
+    Args:
+        sampling_matrix: Φ, (N, M) with N = block_size² and orthonormal columns.
+        permutation: π, (H·W,) int64; pixel `permutation[i]` of the flattened image goes to place i.
+        image_shape: (H, W), with H·W a multiple of N.
+
+    Raises:
+        ValueError: where the shapes do not fit each other.
+    """
+
+    def __init__(self, sampling_matrix: Tensor, permutation: Tensor, image_shape: tuple[int, int]):
+        super().__init__()
+        height, width = image_shape
+        pixels, n = height * width, sampling_matrix.shape[0]
+        if sampling_matrix.ndim != 2 or sampling_matrix.shape[1] > n:
+            raise ValueError(f"the sampling matrix must be (N, M) with M <= N, not {tuple(sampling_matrix.shape)}")
+        if pixels == 0 or pixels % n:
+            raise ValueError(f"a {height}x{width} image cannot be cut into rows of {n} pixels; pad it first")
+        if permutation.shape != (pixels,):
+            raise ValueError(f"the permutation must have {pixels} entries, not {tuple(permutation.shape)}")
+        self.image_shape = (height, width)
+        self.register_buffer("sampling_matrix", sampling_matrix)
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("inverse_permutation", permutation.argsort())
+
+    @classmethod
+    def random(
+        cls,
+        image_shape: tuple[int, int],  # (H, W)
+        cs_ratio: float,  # M / N, in (0, 1]
+        block_size: int,  # B; N = B²
+        generator: torch.Generator,  # a CPU generator: the same seed gives the same operator on every device
+    ) -> "BlockCompressedSensing":
+        """Draw Φ, then π; on the CPU (move the result with `.to(device)`)."""
+        sampling_matrix = random_sampling_matrix(cs_ratio, block_size, generator)
+        permutation = torch.randperm(image_shape[0] * image_shape[1], generator=generator)
+        return cls(sampling_matrix, permutation, image_shape)
+
+    def A(self, x: Tensor) -> Tensor:
+        """(batch, 1, H, W) -> (batch, H·W/N, M), in fp32 at least, under autocast too."""
+        if x.shape[1:] != (1, *self.image_shape):
+            raise ValueError(f"the operator measures (batch, 1, {self.image_shape[0]}, {self.image_shape[1]}) images, "
+                             f"not {tuple(x.shape)}")
+        n, _ = self.sampling_matrix.shape
+        with torch.autocast(x.device.type, enabled=False):
+            pixels = _Permute.apply(x.to(self.sampling_matrix.dtype).flatten(1), self.permutation,
+                                    self.inverse_permutation)
+            return pixels.view(len(x), -1, n) @ self.sampling_matrix
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        """(batch, H·W/N, M) -> (batch, 1, H, W), in fp32 at least, under autocast too."""
+        height, width = self.image_shape
+        n, m = self.sampling_matrix.shape
+        if y.shape[1:] != (height * width // n, m):
+            raise ValueError(f"the operator's measurements are (batch, {height * width // n}, {m}), "
+                             f"not {tuple(y.shape)}")
+        with torch.autocast(y.device.type, enabled=False):
+            pixels = (y.to(self.sampling_matrix.dtype) @ self.sampling_matrix.T).flatten(1)
+            pixels = _Permute.apply(pixels, self.inverse_permutation, self.permutation)
+            return pixels.view(len(y), 1, height, width)
+
+
+def random_sampling_matrix(cs_ratio: float, block_size: int, generator: torch.Generator) -> Tensor:
+    """Φ: the first M = ceil(cs_ratio · N) columns of U Vᵀ, where U S Vᵀ is an N×N Gaussian matrix and N = block_size².
+
+    Of one generator state, the matrix of a lower ratio is the beginning of that of a higher one.
+    Returns (N, M) float32 on the CPU; raises ValueError for a ratio outside (0, 1] or a block size below 1.
+    """
+    if not 0 < cs_ratio <= 1:
+        raise ValueError(f"cs_ratio must lie in (0, 1], not {cs_ratio}")
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, not {block_size}")
+    n = block_size**2
+    gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    u, _, vt = torch.linalg.svd(gaussian)
+    columns = math.ceil(round(cs_ratio * n, 6))  # rounded first: 0.07 * 100 is 7.000000000000001
+    return (u @ vt)[:, :columns].float().contiguous()
+
+
+class _Permute(torch.autograd.Function):
+    """Gather along the last dimension by a permutation; its gradient is the gather by the inverse (no scatter)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(permutation, inverse)
+        return x.index_select(-1, permutation)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        permutation, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, permutation), None, None
