@@ -1,0 +1,146 @@
+"""Level one: the sampling chain around the U-Net, and the class IDM (paper, section 3.1)."""
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import checkpoint
+from .operators import LinearOperator
+from .reversible import Coupling, ReversibleChain
+from .schedule import LearnedSchedule
+from .unet import NORM_GROUPS, UNet
+
+INVERTIBLE = ("both", "sampling", "unet", "none")
+
+
+class SamplingStep(nn.Module):
+    """f_t: one step of measurement-consistent deterministic sampling, from x̂_t to x̂_{t−1}."""
+
+    def forward(
+        self,
+        x: Tensor,  # x̂_t, (batch, 1, H, W)
+        unet: UNet,
+        operator: LinearOperator,
+        y: Tensor,
+        back_projection: Tensor,  # Aᵀy
+        alpha_bar: Tensor,  # (T + 1,)
+        step: int,  # t
+    ) -> Tensor:
+        now, after = alpha_bar[step], alpha_bar[step - 1]
+        noise = unet(F.pixel_unshuffle(x, unet.shuffle), back_projection, operator, step)
+        noise = F.pixel_shuffle(noise, unet.shuffle).to(x.dtype)
+        x0 = (x - (1 - now).sqrt() * noise) / now.sqrt()
+        x0 = x0 - operator.A_adjoint(operator.A(x0) - y)
+        return after.sqrt() * x0 + (1 - after).sqrt() * noise
+
+
+class IDM(ModelMixin, ConfigMixin):
+    """Invertible diffusion model: recovers x from y = A x.
+
+    Args:
+        block_out_channels: widths of the U-Net's two scales; (320, 640) is Stable Diffusion's.
+        num_steps: T, sampling steps.
+        shuffle: s, where s×s pixels are folded into channels before the U-Net (published: 2).
+        num_attention_heads: of every attention (published: 8).
+
+    Raises:
+        ValueError: for widths that the group norms, the heads or the injectors do not allow.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        block_out_channels: tuple[int, int] = (320, 640),
+        num_steps: int = 3,
+        shuffle: int = 2,
+        num_attention_heads: int = 8,
+    ):
+        super().__init__()
+        _check_architecture(block_out_channels, num_steps, shuffle, num_attention_heads)
+        self.unet = UNet(tuple(block_out_channels), num_steps, shuffle, num_attention_heads)
+        self.schedule = LearnedSchedule(num_steps)
+        self.input_scale = nn.Parameter(torch.ones(1))  # s_in
+        self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
+        self.steps = ReversibleChain(Coupling(SamplingStep()) for _ in range(num_steps))  # t = T, …, 1
+        self.store_every: int | None = 1
+        self.invertible = "both"
+
+    @property
+    def invertible(self) -> str:
+        """Which levels run reversibly where gradients are asked for: "both", "sampling", "unet" or "none"."""
+        return self._invertible
+
+    @invertible.setter
+    def invertible(self, levels: str) -> None:
+        if levels not in INVERTIBLE:
+            raise ValueError(f"invertible must be one of {', '.join(INVERTIBLE)}, not {levels!r}")
+        self._invertible = levels
+        self.unet.reversible = levels in ("both", "unet")
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of an image must be multiples of this."""
+        return 2 * self.config.shuffle
+
+    def forward(
+        self,
+        y: Tensor,  # measurements, operator.A(x)
+        operator: LinearOperator,  # ours or deepinv's: anything with A and A_adjoint
+    ) -> Tensor:
+        """x̂, (batch, 1, H, W); not clamped."""
+        back_projection = operator.A_adjoint(y)
+        height, width = back_projection.shape[-2:]
+        if height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(f"height and width must be multiples of {self.size_multiple}, not {height}x{width}; "
+                             "pad the image first")
+        alpha_bar = self.schedule()
+        x = alpha_bar[-1].sqrt() * back_projection
+        contexts = [(self.unet, operator, y, back_projection, alpha_bar, step)
+                    for step in range(self.config.num_steps, 0, -1)]
+        x, h = self.steps(x, self.input_scale * x, contexts, store_every=self.store_every,
+                          reversible=self.invertible in ("both", "sampling"))
+        return x + self.merge_scale * h
+
+    @classmethod
+    def from_unet(cls, source: str | Path, num_steps: int = 3) -> "IDM":
+        """Build on Stable Diffusion v1.5's U-Net; the rest keeps its initial values. See `checkpoint.read_base_unet`.
+
+        Args:
+            source: a hub id, a local diffusers folder (a pipeline or just its U-Net), or a one-file checkpoint.
+            num_steps: T.
+        """
+        state, heads = checkpoint.read_base_unet(source)
+        net = cls(checkpoint.widths(state, source), num_steps, checkpoint.shuffle(state, source), heads)
+        checkpoint.load_base_unet(net, state, source)
+        return net
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "IDM":
+        """Load a published checkpoint (.pkl) or a folder that `save_pretrained` wrote."""
+        path = Path(path)
+        if path.is_dir():
+            return checkpoint.read_pretrained(cls, path)
+        state = checkpoint.read_official(path)
+        net = cls(**checkpoint.official_config(state, path))
+        checkpoint.load_official(net, state, path)
+        return net
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The published checkpoint format: every module of a chain under both of its names, sharing memory."""
+        return {name: tensor.detach() for name, tensor in checkpoint.official_names(self)}
+
+
+def _check_architecture(widths: tuple[int, int], num_steps: int, shuffle: int, heads: int) -> None:
+    if len(widths) != 2:
+        raise ValueError(f"block_out_channels must be two widths, not {tuple(widths)}")
+    for width in widths:
+        if width < 1 or width % NORM_GROUPS or width % heads:
+            raise ValueError(f"widths must be multiples of {NORM_GROUPS} (group norm) and of the {heads} heads, "
+                             f"not {width}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+    if shuffle < 1:
+        raise ValueError(f"shuffle must be at least 1, not {shuffle}")

@@ -1,0 +1,39 @@
+"""Injectors: bring the measurement y and the operator A into the U-Net's features (paper, section 3.3)."""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .operators import LinearOperator
+
+
+class Injector(nn.Module):
+    """features + unlift([z, AᵀA z, Aᵀy]), where z = lift(features) is one image-sized channel.
+
+    For each sampling step t it has two 1×1 convolutions of its own.
+
+    Args:
+        channels: nf, width of the features; a multiple of factor².
+        factor: r, side of the image by side of the features.
+        num_steps: T.
+    """
+
+    def __init__(self, channels: int, factor: int, num_steps: int):
+        super().__init__()
+        if channels % factor**2:
+            raise ValueError(f"an injector of width {channels} cannot unfold {factor}x{factor} pixels: "
+                             f"the width must be a multiple of {factor**2}")
+        self.factor = factor
+        folded = channels // factor**2
+        self.lift = nn.ModuleList(nn.Conv2d(folded, 1, kernel_size=1) for _ in range(num_steps))
+        self.unlift = nn.ModuleList(nn.Conv2d(3, folded, kernel_size=1) for _ in range(num_steps))
+
+    def forward(
+        self,
+        features: Tensor,  # (batch, channels, H/r, W/r)
+        back_projection: Tensor,  # Aᵀy, (batch, 1, H, W)
+        operator: LinearOperator,
+        step: int,  # t, from 1 to T
+    ) -> Tensor:
+        z = self.lift[step - 1](F.pixel_shuffle(features, self.factor)).to(back_projection.dtype)
+        image = torch.cat((z, operator.A_adjoint(operator.A(z)), back_projection), dim=1)
+        return features + F.pixel_unshuffle(self.unlift[step - 1](image), self.factor)

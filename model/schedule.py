@@ -1,0 +1,20 @@
+"""Noise schedules: ᾱ_0 = 1 > ᾱ_1 > … > ᾱ_T, the share of signal that is left at each step (paper, section 3.1)."""
+import torch
+from torch import Tensor, nn
+
+
+class LearnedSchedule(nn.Module):
+    """ᾱ_t = α_1 ⋯ α_t with the α's learned, as published.
+
+    Args:
+        num_steps: T.
+        alpha: initial value of every α.
+    """
+
+    def __init__(self, num_steps: int, alpha: float = 0.5):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((num_steps,), alpha))
+
+    def forward(self) -> Tensor:
+        """(T + 1,): ᾱ_0 = 1, ᾱ_1, …, ᾱ_T."""
+        return torch.cat((self.alpha.new_ones(1), self.alpha.cumprod(0)))

@@ -1,0 +1,164 @@
+"""Level two: Stable Diffusion's U-Net, cut down, its blocks written as reversible chains (paper, section 3.2).
+
+What is left of UNet2DConditionModel: two down blocks, two up blocks, no time embedding, no mid block, no cross-attention.
+Around every attention stand two injectors.  Inside a block the features are a pair of streams (x, s·x), which chains of
+couplings carry through and m merges again as x₁ + m·x₂.  The building blocks are diffusers' own modules.
+"""
+import torch
+from diffusers import Transformer2DModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .injector import Injector
+from .operators import LinearOperator
+from .reversible import Coupling, ReversibleChain
+
+NORM_GROUPS = 32
+PAIRS_DOWN, PAIRS_UP = 2, 3  # (resnet, attention) pairs in a down block and in an up block
+
+Injection = tuple[Tensor, LinearOperator, int]  # back-projection Aᵀy, operator, step t: what every injector reads
+
+
+class Resnet(nn.Module):
+    """Residual convolutions, on the features with a skip concatenated behind them where there is one."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.block = ResnetBlock2D(in_channels=in_channels, out_channels=out_channels, temb_channels=None,
+                                   groups=NORM_GROUPS, eps=1e-5, non_linearity="silu")
+
+    def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
+        return self.block(torch.cat((x, *skip), dim=1) if skip else x, None)
+
+
+class Attention(nn.Module):
+    """Self-attention over all places, then a feed-forward, each with its residual."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.block = Transformer2DModel(num_attention_heads=heads, attention_head_dim=channels // heads,
+                                        in_channels=channels, norm_num_groups=NORM_GROUPS, activation_fn="geglu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, return_dict=False)[0]
+
+
+class DownBlock(nn.Module):
+    """Two pairs (resnet, attention), merged after each, then a downsampler where there is one.
+
+    A resnet that changes the width stands before the streams; all others are couplings.
+    """
+
+    def __init__(self, in_channels: int, channels: int, heads: int, factor: int, num_steps: int, downsample: bool):
+        super().__init__()
+        self.entry = Resnet(in_channels, channels) if in_channels != channels else None
+        self.input_scale = nn.Parameter(torch.ones(1))  # s
+        self.chains = nn.ModuleList()
+        for pair in range(PAIRS_DOWN):
+            resnet = [] if pair == 0 and self.entry is not None else [Resnet(channels, channels)]
+            bodies = [*resnet, *_injected_attention(channels, heads, factor, num_steps)]
+            self.chains.append(ReversibleChain(map(Coupling, bodies)))
+        self.merge_scales = nn.Parameter(torch.zeros(PAIRS_DOWN))  # m of each pair
+        self.downsample = Downsample2D(channels, use_conv=True, padding=1, name="op") if downsample else None
+
+    def forward(self, x: Tensor, injection: Injection, reversible: bool) -> tuple[Tensor, list[Tensor]]:
+        """(batch, in_channels, h, w) -> features for the next block, and the skips of this one."""
+        if self.entry is not None:
+            x = self.entry(x)
+        x1, x2 = _split(x, self.input_scale)
+        skips = []
+        for chain, merge_scale in zip(self.chains, self.merge_scales.split(1), strict=True):
+            # The next pair goes on from the streams, not from their merger.
+            contexts = [injection if isinstance(coupling.body, Injector) else () for coupling in chain]
+            x1, x2 = chain(x1, x2, contexts, reversible=reversible)
+            x = x1 + merge_scale * x2
+            skips.append(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class UpBlock(nn.Module):
+    """Three pairs (resnet, attention), each taking a skip, merged at the end; then an upsampler where there is one.
+
+    The first resnet stands before the streams, the others are couplings.
+    """
+
+    def __init__(self, in_channels: int, channels: int, skip_channels: list[int], heads: int, factor: int,
+                 num_steps: int, upsample: bool):
+        super().__init__()
+        self.entry = Resnet(in_channels + skip_channels[0], channels)
+        self.input_scale = nn.Parameter(torch.ones(1))  # s
+        bodies = _injected_attention(channels, heads, factor, num_steps)
+        for skip in skip_channels[1:]:
+            bodies += [Resnet(channels + skip, channels), *_injected_attention(channels, heads, factor, num_steps)]
+        self.chain = ReversibleChain(map(Coupling, bodies))
+        self.merge_scale = nn.Parameter(torch.zeros(1))  # m
+        self.upsample = Upsample2D(channels, use_conv=True) if upsample else None
+
+    def forward(self, x: Tensor, skips: list[Tensor], injection: Injection, reversible: bool) -> Tensor:
+        """(batch, in_channels, h, w) -> (batch, channels, h, w), or (…, 2h, 2w) with an upsampler."""
+        first, *others = skips
+        x1, x2 = _split(self.entry(x, first), self.input_scale)
+        remaining = iter(others)
+        kinds = {Injector: lambda: injection, Resnet: lambda: (next(remaining),), Attention: tuple}
+        contexts = [kinds[type(coupling.body)]() for coupling in self.chain]
+        x1, x2 = self.chain(x1, x2, contexts, reversible=reversible)
+        x = x1 + self.merge_scale * x2
+        return x if self.upsample is None else self.upsample(x)
+
+
+class UNet(nn.Module):
+    """The noise estimator ε, (batch, shuffle², h, w) -> the same shape; h and w even.
+
+    Args:
+        block_out_channels: widths of the two scales, multiples of 32 and of heads.
+        num_steps: T, how many sampling steps the injectors have weights for.
+        shuffle: side of the image by side of the features at the first scale.
+        heads: attention heads.
+    """
+
+    def __init__(self, block_out_channels: tuple[int, int], num_steps: int, shuffle: int, heads: int):
+        super().__init__()
+        wide, narrow = block_out_channels[1], block_out_channels[0]
+        first = {"heads": heads, "factor": shuffle, "num_steps": num_steps}
+        second = {"heads": heads, "factor": 2 * shuffle, "num_steps": num_steps}
+        self.shuffle = shuffle
+        self.conv_in = nn.Conv2d(shuffle**2, narrow, kernel_size=3, padding=1)
+        self.down_blocks = nn.ModuleList([
+            DownBlock(narrow, narrow, downsample=True, **first),
+            DownBlock(narrow, wide, downsample=False, **second),
+        ])
+        self.up_blocks = nn.ModuleList([
+            UpBlock(2 * wide, wide, [wide, wide, narrow], upsample=True, **second),
+            UpBlock(wide, narrow, [narrow, narrow, narrow], upsample=False, **first),
+        ])
+        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, narrow, eps=1e-5)
+        self.conv_out = nn.Conv2d(narrow, shuffle**2, kernel_size=3, padding=1)
+        self.reversible = True
+
+    def forward(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
+        injection = (back_projection, operator, step)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new = block(x, injection, self.reversible)
+            skips += new
+        x = torch.cat((x, x), dim=1)  # stands for the removed up block, which would deliver twice the width
+        for block in self.up_blocks:
+            x = block(x, [skips.pop() for _ in range(PAIRS_UP)], injection, self.reversible)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def _injected_attention(channels: int, heads: int, factor: int, num_steps: int) -> list[nn.Module]:
+    return [Injector(channels, factor, num_steps), Attention(channels, heads), Injector(channels, factor, num_steps)]
+
+
+def _split(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair of streams (x, s·x), in the precision of the weights."""
+    x = x.to(scale.dtype)
+    return x, scale * x
