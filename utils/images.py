@@ -1,0 +1,113 @@
+"""Pictures in and out: reading into luminance and colour, writing reconstructions, padding (paper, section 4.1)."""
+import os
+import re
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+
+SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+# Of a file that starts so, what a whole one also holds: some decoders fill in what a truncated file lacks.
+_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
+
+# OpenCV's own complaints would stand beside the one sentence that the user gets.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def list_pictures(folder: str | os.PathLike) -> list[Path]:
+    """The picture files in `folder`, told by suffix and sorted by name; hidden files and all else are ignored.
+
+    Raises UserError where the folder cannot be listed.
+    """
+    try:
+        return sorted(path for path in Path(folder).iterdir()
+                      if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read a picture of any kind OpenCV knows, with 8 or 16 bits a sample; alpha is dropped, 16 bits become 8.
+
+    Returns luminance, uint8 (H, W), and YCrCb, uint8 (H, W, 3), or None for a grey picture.
+    Raises UserError where the file is missing, no picture, or cut short.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)  # not cv2.imread, which cannot open every non-ASCII path
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    pixels = _decode(data)
+    if pixels is None:
+        raise UserError(f"cannot read {path}: it is damaged or not a picture")
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded
+    if pixels.dtype != np.uint8:
+        raise UserError(f"cannot read {path}: its samples are {pixels.dtype}; save it with 8 or 16 bits")
+    if pixels.ndim == 2:
+        return pixels, None
+    ycrcb = cv2.cvtColor(pixels, cv2.COLOR_BGR2YCrCb)
+    return ycrcb[..., 0].copy(), ycrcb
+
+
+def write_reconstruction(
+    path: str | os.PathLike,  # the PNG file to write, whole or not at all
+    luminance: np.ndarray,  # float (H, W) in [0, 255]: rounded and clipped; what is not a number becomes black
+    ycrcb: np.ndarray | None = None,  # uint8 (H, W, 3), the original that lends Cr and Cb; None for a grey picture
+) -> None:
+    """Write a reconstruction as an 8-bit PNG; raises UserError where that is not possible."""
+    pixels = np.nan_to_num(luminance, nan=0.0).round().clip(0, 255).astype(np.uint8)
+    if ycrcb is not None:
+        pixels = cv2.cvtColor(np.dstack([pixels, ycrcb[..., 1:]]), cv2.COLOR_YCrCb2BGR)
+    write_whole(path, cv2.imencode(".png", pixels)[1].tobytes())
+
+
+def remove_former(folder: str | os.PathLike, name: str, keep: str) -> None:
+    """Remove the reconstructions of picture `name` that former runs left in `folder`, all but the file `keep`.
+
+    Raises UserError where that is not possible.
+    """
+    score = r"(?:-?\d+\.\d+|-?inf|nan)"
+    former = re.compile(rf"{re.escape(name)}_PSNR_{score}_SSIM_{score}\.png")
+    try:
+        for path in Path(folder).iterdir():
+            if path.name != keep and former.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove a former result from {folder}: {error.strerror}") from error
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed. Raises UserError where it cannot."""
+    path = Path(path)
+    part = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pad x (..., H, W) with zeros at the bottom and right, until H and W are multiples of `multiple`."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % multiple, 0, -height % multiple))
+
+
+def _decode(data: np.ndarray) -> np.ndarray | None:
+    """Grey (H, W) or BGR (H, W, 3) pixels of any depth, turned as EXIF says; None where they cannot be decoded."""
+    content = data.tobytes()
+    if any(content.startswith(start) and end not in content for start, end in _ENDS.items()):
+        return None
+    try:
+        return cv2.imdecode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error:  # an empty file, or more pixels than OpenCV takes
+        return None
