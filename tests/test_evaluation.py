@@ -1,0 +1,146 @@
+"""Evaluation with networks whose scores are known in closed form."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model.operators import random_sampling_matrix
+from utils.errors import UserError
+from utils.evaluation import Result, evaluate, mean_scores, picture_operator
+from utils.testsets import Picture
+
+
+def back_projection(y, operator):
+    return operator.A_adjoint(y)
+
+
+def picture(name: str, height: int = 20, width: int = 30) -> Picture:
+    rng = np.random.default_rng(list(name.encode()))
+    return Picture(name, rng.integers(0, 256, (height, width), dtype=np.uint8))
+
+
+def test_all_measurements_give_the_picture_back():
+    for height, width in ((1, 1), (20, 30), (33, 64)):
+        original = picture("a", height, width)
+        (result,) = evaluate(back_projection, [original], cs_ratio=1.0, block_size=8)
+        assert result.reconstruction.shape == (height, width)
+        assert result.psnr > 110  # fp32 rounding
+        assert np.abs(result.reconstruction - original.luminance).max() < 1e-3
+        assert math.isnan(result.ssim) if height < 7 else result.ssim > 0.999999
+
+
+def test_the_back_projection_scores_as_numpy_says():
+    original, block, seed = picture("Barbara", 16, 24), 8, 7
+    (result,) = evaluate(back_projection, [original], cs_ratio=0.25, block_size=block, seed=seed)
+    phi = random_sampling_matrix(0.25, block, torch.Generator().manual_seed(seed)).numpy().astype(float)
+    order = picture_operator("Barbara", (16, 24), torch.from_numpy(phi), seed).permutation.numpy()
+    rows = (original.luminance.flatten() / 255.0)[order].reshape(-1, block**2)
+    expected = np.empty(16 * 24)
+    expected[order] = (rows @ phi @ phi.T).flatten()
+    expected = expected.reshape(16, 24).clip(0, 1) * 255
+    assert np.abs(result.reconstruction - expected).max() < 1e-3
+    error = np.mean((expected - original.luminance) ** 2)
+    assert result.psnr == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
+
+
+def test_scores_are_of_the_clamped_reconstruction_in_float():
+    white, grey = Picture("w", np.full((8, 8), 255, np.uint8)), Picture("g", np.full((8, 8), 100, np.uint8))
+    results = list(evaluate(lambda y, op: torch.full((1, 1, 8, 8), 1.7), [white, grey], 0.5, block_size=8))
+    assert results[0].psnr == math.inf
+    assert results[1].psnr == pytest.approx(20 * math.log10(255 / 155), abs=1e-6)
+    (result,) = evaluate(lambda y, op: torch.full((1, 1, 8, 8), 100.25 / 255), [grey], 0.5, block_size=8)
+    assert result.psnr == pytest.approx(20 * math.log10(255 / 0.25), abs=1e-3)  # not rounded to whole levels
+
+
+def test_pictures_are_padded_to_what_block_and_network_need():
+    shapes = []
+    def net(y, operator):
+        shapes.append(operator.image_shape)
+        return operator.A_adjoint(y)
+    list(evaluate(net, [picture("a", 17, 40)], 0.5, block_size=6, size_multiple=4))
+    list(evaluate(net, [picture("a", 17, 40)], 0.5, block_size=8, size_multiple=16))
+    assert shapes == [(24, 48), (32, 48)]
+
+
+def test_the_measurement_of_a_picture_does_not_depend_on_the_others():
+    a, b, c = picture("a"), picture("b"), picture("c", 50, 20)
+    def run(*pictures, **options):
+        results = evaluate(back_projection, pictures, 0.3, block_size=8, **options)
+        return {result.name: result.reconstruction for result in results}
+    together, alone, reversed_order = run(a, b, c), run(b), run(c, b, a)
+    assert (together["b"] == alone["b"]).all()
+    assert (together["a"] == reversed_order["a"]).all()
+    assert (run(b, seed=1)["b"] != alone["b"]).any()
+
+
+def test_permutations_differ_by_name_and_seed_and_not_by_the_global_generator():
+    phi = random_sampling_matrix(0.5, 4, torch.Generator().manual_seed(0))
+    def draw(name, seed=2025):
+        torch.manual_seed(len(name) + seed)
+        return picture_operator(name, (16, 16), phi, seed).permutation
+    assert draw("a").sort().values.equal(torch.arange(256))
+    assert draw("a").equal(draw("a"))
+    assert not draw("a").equal(draw("b"))
+    assert not draw("a").equal(draw("a", seed=1))
+    # The first 8 bytes of `printf 2025:a | sha256sum`, last byte first: scores must stay
+    # reproducible from one version to the next.
+    expected = torch.randperm(256, generator=torch.Generator().manual_seed(0x94D1F3AA42685752))
+    assert draw("a").equal(expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_scores_nan(value):
+    def net(y, operator):
+        x = operator.A_adjoint(y)
+        x[0, 0, 3, 3] = value
+        return x
+    (result,) = evaluate(net, [picture("a")], 0.5, block_size=8)
+    assert math.isnan(result.psnr)
+    assert math.isnan(result.ssim)
+    assert np.isnan(result.reconstruction).sum() == 1
+
+
+@pytest.mark.parametrize("precision, dtype",
+                         [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_network_computes_in_the_precision_asked_for(precision, dtype):
+    seen = []
+    def net(y, operator):
+        x = operator.A_adjoint(y)
+        seen.extend([(torch.ones(2, 2) @ torch.ones(2, 2)).dtype, x.dtype, torch.is_inference_mode_enabled()])
+        return x.to(dtype)
+    (result,) = evaluate(net, [picture("a")], 0.5, block_size=8, precision=precision)
+    assert seen == [dtype, torch.float32, True]
+    assert result.reconstruction.dtype == np.float32
+
+
+def test_wrong_arguments_are_refused():
+    for options, message in (({"precision": "fp8"}, "fp8"), ({"cs_ratio": 1.5}, "1.5"), ({"block_size": 0}, "0")):
+        with pytest.raises(ValueError, match=message):
+            list(evaluate(back_projection, [picture("a")], **{"cs_ratio": 0.5, "block_size": 8, **options}))
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+])
+def test_running_out_of_memory_is_said_in_a_sentence(error):
+    def net(y, operator):
+        raise error
+    with pytest.raises(UserError, match=r"not enough memory to reconstruct a \(20x30\) on cpu"):
+        list(evaluate(net, [picture("a")], 0.5, block_size=8))
+
+
+def test_other_errors_of_the_network_pass_unchanged():
+    def net(y, operator):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        list(evaluate(net, [picture("a")], 0.5, block_size=8))
+
+
+def test_averages():
+    results = [Result("a", 30.0, 0.9, 1.0, None), Result("b", 33.0, 0.7, 2.0, None), Result("c", 36.0, 0.5, 6.0, None)]
+    assert mean_scores(results) == (33.0, pytest.approx(0.7), 3.0, 3)
+    assert math.isnan(mean_scores([*results, Result("d", 1.0, math.nan, 1.0, None)]).ssim)
+    with pytest.raises(ValueError, match="no results"):
+        mean_scores([])

@@ -1,0 +1,63 @@
+"""Test sets: a folder of pictures below the data folder, or `Samples`, eight photographs that need no files."""
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import skimage
+
+from utils.errors import UserError
+from utils.images import list_pictures, read_picture
+
+KNOWN_SETS = {
+    "Set11": "the 11 grey 256x256 and 512x512 images that ReconNet and ISTA-Net are tested on",
+    "CBSD68": "the 68 colour test images of the Berkeley segmentation data set",
+    "Urban100": "100 photographs of buildings from Huang et al. 2015 (SelfExSR), as 256x256 centre crops",
+    "DIV2K": "the 100 validation images of the NTIRE 2017 challenge on super-resolution, as 256x256 centre crops",
+}
+# The photographs that scikit-image's package itself holds: nothing is downloaded.
+SAMPLES = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
+           "motorcycle_left.png", "rocket.jpg")
+SAMPLE_SIZE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture of a test set."""
+
+    name: str  # the file's name without suffix; with it where another file of the set differs in the suffix alone
+    luminance: np.ndarray  # uint8 (H, W)
+    ycrcb: np.ndarray | None = None  # uint8 (H, W, 3); None for a grey picture
+
+
+def load_testset(name: str, data_dir: str | os.PathLike = "data") -> list[Picture]:
+    """Read all pictures of the folder data_dir/name, sorted; or the `Samples`, 256×256 centre crops.
+
+    All are read at once, so that an unreadable one is found before any work is done.
+    Raises UserError where the folder is missing or empty, or a picture cannot be read.
+    """
+    if name == "Samples":
+        return [_sample(file) for file in SAMPLES]
+    folder = Path(data_dir) / name
+    if not folder.is_dir():
+        raise UserError(_missing(name, folder))
+    paths = list_pictures(folder)
+    if not paths:
+        raise UserError(f"{folder} holds no picture (PNG, TIFF, BMP or JPEG); put the test set's files there")
+    stems = Counter(path.stem for path in paths)
+    return [Picture(path.stem if stems[path.stem] == 1 else path.name, *read_picture(path)) for path in paths]
+
+
+def _sample(file: str) -> Picture:
+    luminance, ycrcb = read_picture(Path(skimage.__file__).parent / "data" / file)
+    top, left = ((side - SAMPLE_SIZE) // 2 for side in luminance.shape)
+    centre = np.s_[top:top + SAMPLE_SIZE, left:left + SAMPLE_SIZE]
+    return Picture(Path(file).stem, luminance[centre], None if ycrcb is None else ycrcb[centre])
+
+
+def _missing(name: str, folder: Path) -> str:
+    if name in KNOWN_SETS:
+        return f"there is no folder {folder}: put {name} there, {KNOWN_SETS[name]}; or try the test set Samples"
+    return (f"there is no folder {folder}: a test set is a folder of pictures in {folder.parent}, "
+            "or Samples, which needs no files")
