@@ -1,0 +1,425 @@
+"""Train IDM end to end (paper, section 4): one process by `python train.py`, several by `torch.distributed.run`."""
+import argparse
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from model import IDM, BlockCompressedSensing, WeightsError
+from model.operators import random_sampling_matrix
+from utils import distributed, errors, training_state
+from utils.datasets import TrainingCrops
+from utils.errors import UserError
+from utils.evaluation import PRECISIONS, Scores, evaluate, mean_scores
+from utils.testsets import Picture, load_testset
+
+HALVE_AFTER = (10, 20, 30, 40)  # epochs
+GIVE_UP_AFTER = 10  # iterations in a row without a finite loss
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--epoch", type=int, default=50, help="epochs to train")
+    add("--step_number", type=int, default=3, help="T, sampling steps")
+    add("--cs_ratio", default="0.1", help="ratio M/N; several as 0.1/0.3/0.5 train one model for all")
+    add("--block_size", type=int, default=32, help="B; a row of the operator measures B*B pixels")
+    add("--learning_rate", type=float, default=1e-4, help="of Adam, at the start")
+    add("--lr_schedule", choices=["step", "cosine"], default="step",
+        help="step: halve after epochs 10, 20, 30, 40; cosine: warm up over 2 %% of all iterations, then down to 0")
+    add("--batch_size", type=int, default=8, help="crops per process")
+    add("--patch_size", type=int, default=256, help="side of a crop in pixels")
+    add("--iters_per_epoch", type=int, default=1000, help="iterations that make an epoch")
+    add("--max_iters", type=int, help="stop after this many iterations in all")
+    add("--base_model", default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        help="where weights come from: a hub id, a folder, a file, an IDM checkpoint, or 'compact' for fresh ones")
+    add("--width", type=int, default=64, help="compact: width of the first scale; the second has twice as much")
+    add("--shuffle", type=int, default=4, help="compact: side of the pixel square folded into channels")
+    add("--precision", choices=list(PRECISIONS), help="fp16 on CUDA, fp32 on the CPU if not given")
+    add("--invertible", choices=["both", "sampling", "unet", "none"], default="both",
+        help="levels that keep no activations; none is fastest where memory suffices")
+    add("--seed", type=int, default=2025, help="of the crops, operators and fresh weights")
+    add("--device", help="cpu, cuda or cuda:N; CUDA if there is any")
+    add("--num_workers", type=int, default=0, help="processes that cut crops; pictures are in memory, so 0 does well")
+    add("--data_dir", type=Path, default="data", help="folder of the test sets")
+    add("--train_dir", type=Path, help="training pictures, searched recursively; DATA_DIR/pristine_images if not given")
+    add("--testset_name", default="Set11", help="tested on after each epoch: a folder of DATA_DIR, or Samples")
+    add("--model_dir", type=Path, default="weight", help="checkpoints and state go into a folder of it")
+    add("--log_dir", type=Path, default="log", help="logs go here")
+    add("--save_interval", type=int, default=10, help="epochs between checkpoints")
+    add("--save_minutes", type=float, default=15, help="minutes between two states within an epoch")
+    add("--resume", action="store_true", help="go on from the state in the run's folder, if there is one")
+    args = parser.parse_args()
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Turn the ratios into numbers, complete what depends on other flags, and refuse what cannot be."""
+    try:
+        args.cs_ratio = sorted({float(ratio) for ratio in args.cs_ratio.replace(",", "/").split("/")})
+    except ValueError:
+        raise UserError(f"--cs_ratio {args.cs_ratio} is no list of numbers; write 0.1 or 0.1/0.3/0.5") from None
+    if not all(0 < ratio <= 1 for ratio in args.cs_ratio):
+        raise UserError(f"--cs_ratio must lie in (0, 1], not {args.cs_ratio}")
+    for name in ("epoch", "step_number", "block_size", "learning_rate", "batch_size", "patch_size", "iters_per_epoch",
+                 "max_iters", "width", "shuffle", "save_interval", "save_minutes"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} must be above 0, not {value}")
+    if args.seed < 0 or args.num_workers < 0:
+        raise UserError("--seed and --num_workers must not be below 0")
+    args.train_dir = args.train_dir or args.data_dir / "pristine_images"
+
+
+@dataclass
+class Progress:
+    """How far a run is; an epoch's mean loss is over the iterations that were not skipped."""
+
+    iteration: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Run:
+    """What a training run consists of."""
+
+    args: argparse.Namespace
+    process: distributed.Process
+    crops: TrainingCrops
+    net: IDM
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def last_iteration(self) -> int:
+        return min(self.args.epoch * self.args.iters_per_epoch, self.args.max_iters or sys.maxsize)
+
+    @property
+    def folder(self) -> Path:
+        return self.args.model_dir / run_name(self.args)
+
+    @property
+    def log(self) -> Path:
+        return self.args.log_dir / f"{run_name(self.args)}.txt"
+
+    def report(self, line: str) -> None:
+        """Print and log one line, on rank 0."""
+        self.process.print(line)
+        if self.process.is_main:
+            training_state.append_line(self.log, line)
+
+
+def run_name(args: argparse.Namespace) -> str:
+    ratios = "-".join(f"{ratio:.2f}" for ratio in args.cs_ratio)
+    return f"R_{ratios}_T_{args.step_number}_B_{args.block_size}"
+
+
+def main() -> None:
+    args = parse_args()
+    process = distributed.start(args.device)
+    run = prepare(args, process)
+    describe(run)
+    train(run)
+    distributed.stop()
+
+
+def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
+    """Read the pictures; build the network, or take up the run that `--resume` finds."""
+    args.precision = args.precision or ("fp16" if process.device.type == "cuda" else "fp32")
+    folder = args.model_dir / run_name(args)
+    state_path = folder / "state.pt"
+    state = training_state.load_state(state_path) if args.resume and state_path.exists() else None
+    if state is None and (state_path.exists() or any(folder.glob("net_params_*.pkl"))):
+        way = "add --resume to go on with it" if state_path.exists() else "it left no state to resume from"
+        raise UserError(f"{folder} holds an earlier run; {way}, or train into another --model_dir")
+    crops = TrainingCrops(args.train_dir, args.patch_size, args.seed, process.rank)
+    net = IDM(**state["network"]) if state else build_network(args, process)
+    if args.patch_size % (multiple := math.lcm(args.block_size, net.size_multiple)):
+        raise UserError(f"--patch_size must be a multiple of {multiple} here, not {args.patch_size}")
+    net.to(process.device).invertible = args.invertible
+    run = Run(args, process, crops, net, torch.optim.Adam(net.parameters(), lr=args.learning_rate),
+              torch.amp.GradScaler(process.device.type, enabled=args.precision == "fp16"))
+    if state:
+        training_state.check_configuration(state["configuration"], configuration(run), state_path)
+        net.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.progress = Progress(**state["progress"])
+        training_state.restore_random_states(state["random"][process.rank])
+    return run
+
+
+def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM:
+    """The network before training; all ranks get the same."""
+    torch.manual_seed(args.seed)
+    source, steps = args.base_model, args.step_number
+    if source == "compact":
+        try:
+            return IDM(block_out_channels=(args.width, 2 * args.width), num_steps=steps, shuffle=args.shuffle)
+        except ValueError as error:
+            raise UserError(f"--width {args.width} --shuffle {args.shuffle} make no network: {error}") from error
+    with process.main_first():
+        if not holds_idm(Path(source)):
+            return IDM.from_unet(source, num_steps=steps)
+        net = IDM.from_checkpoint(source)
+    if net.config.num_steps != steps:
+        raise UserError(f"{source} takes {net.config.num_steps} steps; use --step_number {net.config.num_steps}")
+    return net
+
+
+def holds_idm(path: Path) -> bool:
+    """Whether `path` is a checkpoint of IDM itself: a .pkl, or a folder that `save_pretrained` wrote."""
+    description = path / "config.json"
+    if not description.is_file():
+        return path.suffix == ".pkl"
+    try:
+        return json.loads(description.read_text(encoding="utf-8")).get("_class_name") == "IDM"
+    except ValueError:
+        return False
+
+
+def configuration(run: Run) -> dict[str, str | int | float]:
+    """All that decides what the weights will be; a run goes on only where none of it has changed."""
+    names = ["base_model", "step_number", "block_size", "learning_rate", "lr_schedule", "batch_size", "patch_size",
+             "iters_per_epoch", "precision", "invertible", "seed"]
+    names += ["width", "shuffle"] if run.args.base_model == "compact" else []
+    names += ["epoch"] if run.args.lr_schedule == "cosine" else []
+    return {
+        **{name: getattr(run.args, name) for name in names},
+        "cs_ratio": "/".join(map(str, run.args.cs_ratio)),
+        "processes": run.process.world_size,
+        "pictures": f"{len(run.crops.pictures)} (names and sizes {run.crops.fingerprint():08x})",
+    }
+
+
+def describe(run: Run) -> None:
+    """Say on rank 0 what is about to happen."""
+    args, process = run.args, run.process
+    parameters = sum(parameter.numel() for parameter in run.net.parameters())
+    widths = " and ".join(map(str, run.net.config.block_out_channels))
+    stop = f", stopping after {args.max_iters} in all" if args.max_iters else ""
+    start = f"iteration {run.progress.iteration} of its state" if run.progress.iteration else "the beginning"
+    process.print(f"""\
+pictures   {len(run.crops.pictures)} in {args.train_dir}; crops of {args.patch_size}x{args.patch_size}
+network    {parameters:,} parameters, widths {widths}, T = {args.step_number}, from {args.base_model}
+operator   ratio {" / ".join(map(str, args.cs_ratio))}, block size {args.block_size}
+training   {args.epoch} epochs of {args.iters_per_epoch} iterations{stop}; batch {args.batch_size} a process
+           lr {args.learning_rate:g} ({args.lr_schedule}), seed {args.seed}
+           {process.world_size} process(es) on {process.device.type}, {args.precision}, invertible: {args.invertible}
+files      {run.folder}, {run.log}; from {start}""")
+    if run.crops.notice:
+        process.print(f"note: {run.crops.notice}")
+
+
+def train(run: Run) -> None:
+    """Epoch after epoch until the last iteration, or until a signal asks to stop."""
+    args, process, progress = run.args, run.process, run.progress
+    testset = open_testset(run)
+    model = process.wrap(run.net.train())
+    matrices = {}  # Φ for each ratio; the same seed makes the lower one's the beginning of the higher one's
+    for ratio in args.cs_ratio:
+        phi = torch.Generator().manual_seed(args.seed + process.rank)
+        matrices[ratio] = random_sampling_matrix(ratio, args.block_size, phi).to(process.device)
+    numbers = range(progress.iteration * args.batch_size, run.last_iteration * args.batch_size)
+    batches = iter(DataLoader(run.crops, args.batch_size, sampler=numbers, num_workers=args.num_workers,
+                              pin_memory=process.device.type == "cuda"))
+    with stop_on_signal() as stop_asked:
+        while progress.iteration < run.last_iteration:
+            start = time.monotonic(), progress.iteration
+            if not train_epoch(run, model, matrices, batches, stop_asked):
+                save_state(run)
+                run.report(f"stopped by a signal after iteration {progress.iteration}; --resume goes on from there")
+                return
+            finish_epoch(run, testset, *start)
+
+
+def train_epoch(
+    run: Run,
+    model: nn.Module,  # run.net, or DistributedDataParallel around it
+    matrices: dict[float, Tensor],  # Φ for each ratio
+    batches: Iterator[Tensor],  # (batch, 1, P, P) uint8
+    stop_asked: threading.Event,
+) -> bool:
+    """Train to the end of the epoch or of the run; False where a signal stopped it before."""
+    args, process, progress = run.args, run.process, run.progress
+    epoch, done = divmod(progress.iteration, args.iters_per_epoch)
+    length = min(args.iters_per_epoch, run.last_iteration - epoch * args.iters_per_epoch)
+    saved = time.monotonic()
+    with tqdm(total=length, initial=done, desc=f"[{epoch + 1:02d}/{args.epoch}]", leave=False,
+              disable=None if process.is_main else True) as bar:
+        for _ in range(done, length):
+            loss = backward(run, model, matrices, next(batches))
+            save_due = process.is_main and time.monotonic() - saved > 60 * args.save_minutes
+            # One small all-reduce and one wait for the device; all ranks read the same and act alike.
+            loss, norm, stop, save_due = process.sum(
+                [loss / process.world_size, gradient_norm(run), stop_asked.is_set(), save_due])
+            update(run, loss, math.isfinite(loss) and math.isfinite(norm))
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+            if stop:
+                return False
+            if save_due:
+                save_state(run)
+                saved = time.monotonic()
+    return True
+
+
+def backward(run: Run, model: nn.Module, matrices: dict[float, Tensor], pixels: Tensor) -> Tensor:
+    """Gradients of mean |x̂ − x| for one batch, measured through a fresh permutation; returns the loss."""
+    args, process = run.args, run.process
+    # Every draw depends on the iteration alone, so that a resumed run repeats what an uninterrupted one would do.
+    shared = torch.Generator().manual_seed(distributed.seed_of(args.seed, run.progress.iteration))
+    own = torch.Generator().manual_seed(distributed.seed_of(args.seed, run.progress.iteration, process.rank))
+    ratio = args.cs_ratio[int(torch.randint(len(args.cs_ratio), (), generator=shared))]
+    symmetry = int(torch.randint(8, (), generator=own))
+    permutation = torch.randperm(args.patch_size**2, generator=own).to(process.device)
+    operator = BlockCompressedSensing(matrices[ratio], permutation, (args.patch_size, args.patch_size))
+
+    x = pixels.to(process.device, non_blocking=True).float() / 255
+    x = x.rot90(symmetry % 4, (2, 3))
+    x = x.flip(3) if symmetry >= 4 else x
+    with torch.autocast(process.device.type, PRECISIONS[args.precision], enabled=args.precision != "fp32"):
+        x_hat = model(operator.A(x), operator)
+    loss = (x_hat.float() - x).abs().mean()
+    run.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def gradient_norm(run: Run) -> Tensor | float:
+    """Norm of all gradients; 0 with a gradient scaler, which has a check of its own."""
+    if run.scaler.is_enabled():
+        return 0.0
+    gradients = [parameter.grad for parameter in run.net.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) / run.process.world_size
+
+
+def update(run: Run, loss: float, finite: bool) -> None:
+    """One step of Adam, or none where the numbers are not finite."""
+    progress = run.progress
+    if finite:
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(run.args, progress.iteration)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        progress.loss_sum += loss
+        progress.loss_count += 1
+        progress.skipped_in_a_row = 0
+    else:
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == GIVE_UP_AFTER:
+            sys.exit(1 if not run.process.is_main else
+                     f"error: no finite loss or gradient in {GIVE_UP_AFTER} iterations in a row, up to iteration "
+                     f"{progress.iteration + 1}; the last state is kept; try a smaller --learning_rate or "
+                     "--precision fp32")
+    run.optimizer.zero_grad()
+    progress.iteration += 1
+
+
+def learning_rate(args: argparse.Namespace, iteration: int) -> float:
+    """Of an iteration, counted from 0."""
+    if args.lr_schedule == "step":
+        return args.learning_rate * 0.5 ** sum(iteration // args.iters_per_epoch >= epoch for epoch in HALVE_AFTER)
+    total = args.epoch * args.iters_per_epoch
+    warm_up = math.ceil(0.02 * total)
+    if iteration < warm_up:
+        return args.learning_rate * (iteration + 1) / warm_up
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (iteration - warm_up) / (total - warm_up)))
+
+
+def finish_epoch(run: Run, testset: list[Picture], started: float, first: int) -> None:
+    """Report, test and save after an epoch, or after the part of one that `--max_iters` leaves."""
+    args, progress = run.args, run.progress
+    epoch = math.ceil(progress.iteration / args.iters_per_epoch)
+    label = f"[{epoch:02d}/{args.epoch}]"
+    seconds = time.monotonic() - started
+    images = (progress.iteration - first) * args.batch_size * run.process.world_size
+    skipped = f", {progress.skipped} iterations skipped so far (not finite)" if progress.skipped else ""
+    run.report(f"{label} loss: {progress.loss_sum / max(progress.loss_count, 1):.4f}, "
+               f"lr: {learning_rate(args, progress.iteration - 1):.1e}, "
+               f"{images / seconds:.1f} images/s, {seconds:.0f} s{skipped}")
+    if progress.iteration % args.iters_per_epoch == 0:
+        progress.loss_sum, progress.loss_count = 0.0, 0
+    for ratio in args.cs_ratio if testset else []:
+        scores = test(run, testset, ratio)
+        run.report(f"{label} {args.testset_name}, ratio {ratio:g}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
+    save_state(run)
+    if run.process.is_main and (epoch % args.save_interval == 0 or progress.iteration == run.last_iteration):
+        save_checkpoint(run.net, run.folder, epoch)
+
+
+def open_testset(run: Run) -> list[Picture]:
+    """The pictures to test on, read on rank 0; none where there is no such set."""
+    if not run.process.is_main:
+        return []
+    try:
+        return load_testset(run.args.testset_name, run.args.data_dir)
+    except UserError as error:
+        run.process.print(f"note: no test after each epoch, since {error}")
+        return []
+
+
+def test(run: Run, testset: list[Picture], ratio: float) -> Scores:
+    """Average scores of the network as it is."""
+    args = run.args
+    run.net.eval()
+    scores = mean_scores(evaluate(run.net, testset, ratio, args.block_size, args.seed, run.process.device,
+                                  args.precision, run.net.size_multiple))
+    run.net.train()
+    return scores
+
+
+def save_state(run: Run) -> None:
+    """All that `--resume` needs; every rank must call it."""
+    random = run.process.gather(training_state.random_states())
+    if run.process.is_main:
+        training_state.save_state(run.folder / "state.pt", {
+            "configuration": configuration(run),
+            "network": {name: value for name, value in run.net.config.items() if not name.startswith("_")},
+            "model": run.net.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "progress": asdict(run.progress),
+            "random": random,
+        })
+
+
+def save_checkpoint(net: IDM, folder: Path, epoch: int) -> None:
+    """The weights in the published format, and as a folder for `IDM.from_pretrained`."""
+    on_cpu: dict[int, Tensor] = {}  # what has two names is stored once
+    weights = {name: on_cpu.setdefault(tensor.data_ptr(), tensor.cpu())
+               for name, tensor in net.official_state_dict().items()}
+    training_state.save_atomically(weights, folder / f"net_params_{epoch}.pkl")
+    training_state.save_folder_atomically(net.save_pretrained, folder / "pretrained")
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, instead of ending the process."""
+    asked = threading.Event()
+    former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    errors.run(main, WeightsError)
