@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .injector import Injector
 from .reversible import ReversibleChain
-from .unet import DownBlock
+from .unet import Attention, DownBlock, Resnet, UpBlock
 
 if TYPE_CHECKING:
     from .idm import IDM
@@ -86,19 +86,22 @@ def _body_names(prefix: str, body: nn.Module) -> Iterator[tuple[str, nn.Paramete
         yield from _under(f"{prefix}.i2f.{step}.0", convolution)
 
 
-def _block_names(prefix: str, block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    chains = block.chains if isinstance(block, DownBlock) else [block.chain]
-    bodies = [] if block.entry is None else [block.entry]
-    bodies += [coupling.body for chain in chains for coupling in chain]
-    counts: dict[str, int] = {}
-    for body in bodies:
-        kind = type(body).__name__.lower() + "s"  # resnets, attentions, injectors
-        yield from _body_names(f"{prefix}.{kind}.{counts.setdefault(kind, 0)}", body)
-        counts[kind] += 1
-    resample = block.downsample if isinstance(block, DownBlock) else block.upsample
+def _block_names(prefix: str, block: DownBlock | UpBlock) -> Iterator[tuple[str, nn.Parameter]]:
+    """What a block holds, under the names it has outside its chains; in published order."""
+    down = isinstance(block, DownBlock)
+    chains = block.chains if down else [block.chain]
+    bodies = [block.entry, *(coupling.body for chain in chains for coupling in chain)]
+
+    def numbered(kind: str, cls: type[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+        for i, body in enumerate(body for body in bodies if isinstance(body, cls)):
+            yield from _body_names(f"{prefix}.{kind}.{i}", body)
+
+    yield from numbered("attentions", Attention)
+    yield from numbered("resnets", Resnet)
+    resample = block.downsample if down else block.upsample
     if resample is not None:
-        kind = "downsamplers" if isinstance(block, DownBlock) else "upsamplers"
-        yield from _under(f"{prefix}.{kind}.0", resample)
+        yield from _under(f"{prefix}.{'downsamplers' if down else 'upsamplers'}.0", resample)
+    yield from numbered("injectors", Injector)
 
 
 def _chain_names(prefix: str, chain: ReversibleChain) -> Iterator[tuple[str, nn.Parameter]]:

@@ -126,7 +126,7 @@ class IDM(ModelMixin, ConfigMixin):
         state = checkpoint.read_official(path)
         net = cls(**checkpoint.official_config(state, path))
         checkpoint.load_official(net, state, path)
-        return net
+        return net.eval()
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The published checkpoint format: every module of a chain under both of its names, sharing memory."""
