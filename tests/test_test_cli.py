@@ -1,0 +1,175 @@
+"""The command line test.py from end to end, with a tiny network, and every mistake a user can make with it."""
+import csv
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from model import IDM
+from utils.errors import run
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"grey": (40, 50), "tiny": (3, 5), "ümlaut": (32, 32)}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("test_script", ROOT / "test.py")  # `import test` is Python's own
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+script = load_script()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with weights/tiny, and data/set and data/other."""
+    place = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    net = IDM(block_out_channels=(32, 64), num_steps=1)
+    net.save_pretrained(place / "weight" / "compact")
+    published = place / "published" / "R_0.10_T_1_B_32"
+    published.mkdir(parents=True)
+    torch.save(net.official_state_dict(), published / "net_params_50.pkl")
+    rng = np.random.default_rng(0)
+    for folder in ("set", "other"):
+        (place / "data" / folder).mkdir(parents=True)
+    for name, size in SIZES.items():
+        pixels = rng.integers(0, 256, size, dtype=np.uint8)
+        cv2.imencode(".png", pixels)[1].tofile(place / "data" / "set" / f"{name}.png")
+    colours = rng.integers(100, 156, (32, 20, 3), dtype=np.uint8)
+    for file in ("twin.png", "twin.bmp"):
+        cv2.imwrite(str(place / "data" / "other" / file), colours)
+    return place
+
+
+def call(monkeypatch, place: Path, *flags: str) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["test.py", "--device", "cpu", *flags])
+    run(script.main, script.WeightsError)
+
+
+def read_scores(folder: Path) -> dict[str, tuple[float, float, float]]:
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["name", "psnr", "ssim", "seconds"]
+    return {name: tuple(map(float, numbers)) for name, *numbers in rows[1:]}
+
+
+def test_scores_are_those_of_the_written_pictures(place, tmp_path):
+    """In a process of its own, as a user runs it."""
+    result = subprocess.run([sys.executable, ROOT / "test.py", "--testset_name", "set", "--device", "cpu",
+                             "--result_dir", tmp_path, "--step_number", "3"],
+                            cwd=place, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    assert "it/s" not in result.stderr  # no bar where stderr is not a terminal
+    lines = result.stdout.splitlines()
+    parameters = sum(p.numel() for p in IDM.from_pretrained(place / "weight" / "compact").parameters())
+    assert lines[0] == f"{Path('weight/compact')}: {parameters:,} parameters, T = 1, on cpu in fp32"
+    assert "T = 1" in lines[1]
+    assert "--step_number 3" in lines[1]
+    scores = read_scores(tmp_path / "set" / "10")
+    assert list(scores) == sorted(SIZES)
+    for number, (name, (psnr, ssim, seconds)) in enumerate(scores.items(), start=1):
+        assert lines[number + 1] == (f"[{number:02d}/03] set/{name}  PSNR: {psnr:.2f} dB  SSIM: {ssim:.4f}  "
+                                     f"{seconds:.2f} s")
+        (path,) = (tmp_path / "set" / "10").glob(f"{name}_*")
+        assert path.name == f"{name}_PSNR_{psnr:.2f}_SSIM_{ssim:.4f}.png"
+        written, original = (cv2.imdecode(np.fromfile(p, np.uint8), cv2.IMREAD_UNCHANGED)
+                             for p in (path, place / "data" / "set" / f"{name}.png"))
+        assert written.shape == original.shape
+        assert cv2.PSNR(written, original) == pytest.approx(psnr, abs=0.02)  # rounding to whole levels
+        if name == "tiny":
+            assert math.isnan(ssim)
+        else:
+            assert structural_similarity(written, original, data_range=255) == pytest.approx(ssim, abs=2e-3)
+    average = np.mean([psnr for psnr, _, _ in scores.values()])
+    assert f"Average PSNR: {average:.2f} dB" in lines[5]
+    assert "3 pictures" in lines[5]
+
+
+def test_several_sets_and_ratios_end_with_a_table(place, tmp_path, monkeypatch, capsys):
+    stale = tmp_path / "other" / "2.5" / "twin.png_PSNR_1.00_SSIM_0.1000.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of a former run")
+    call(monkeypatch, place, "--testset_name", "set/other", "--cs_ratio", "0.025,0.5", "--result_dir", str(tmp_path))
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert re.split("  +", table[0])[1:] == ["2.5 %", "50 %"]
+    for line, name in zip(table[1:], ("set", "other"), strict=True):
+        cells = re.split("  +", line)
+        assert cells[0] == name
+        for cell, percent in zip(cells[1:], ("2.5", "50"), strict=True):
+            psnr, ssim, _ = np.mean(list(read_scores(tmp_path / name / percent).values()), axis=0)
+            assert cell.startswith(f"{psnr:.2f} / {ssim:.4f} / ")
+    twins = sorted((tmp_path / "other" / "2.5").glob("twin*"))
+    assert [path.name.split("_")[0] for path in twins] == ["twin.bmp", "twin.png"]
+    assert stale not in twins
+    original, written = (cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2YCrCb).astype(int)
+                         for path in (place / "data" / "other" / "twin.png", twins[1]))
+    inside = (written[..., 0] > 60) & (written[..., 0] < 195)  # elsewhere the colours may leave RGB's cube
+    assert np.abs(written - original)[inside][:, 1:].max() <= 1
+
+
+def test_published_weights_come_first_and_reconstruct_the_same(place, tmp_path, monkeypatch, capsys):
+    flags = ("--testset_name", "other", "--step_number", "1")
+    call(monkeypatch, place, *flags, "--result_dir", str(tmp_path / "a"), "--model_dir", "published")
+    assert capsys.readouterr().out.startswith(str(Path("published/R_0.10_T_1_B_32/net_params_50.pkl")))
+    call(monkeypatch, place, *flags, "--result_dir", str(tmp_path / "b"), "--weights", "weight/compact")
+    assert capsys.readouterr().out.startswith(str(Path("weight/compact")))
+    a, b = (read_scores(tmp_path / run / "other" / "10") for run in "ab")
+    assert {name: row[:2] for name, row in a.items()} == {name: row[:2] for name, row in b.items()}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--cs_ratio", "0"], "(0, 1], not 0"),
+    (["--cs_ratio", "0.1/1.5"], "(0, 1], not 1.5"),
+    (["--cs_ratio", "nan"], "(0, 1], not nan"),
+    (["--cs_ratio", "ten"], "not ten"),
+    (["--cs_ratio", "0.1//0.3"], "not 0.1//0.3"),
+    (["--block_size", "0"], "at least 1, not 0"),
+    (["--step_number", "-1"], "at least 1, not -1"),
+    (["--epoch", "last"], "not last"),
+    (["--precision", "fp8"], "fp8"),
+    (["--no_such_flag"], "--no_such_flag"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--testset_name", "absent"], "absent"),
+    (["--testset_name", ".."], ".."),
+    (["--testset_name", "Urban100"], "Huang"),
+    (["--testset_name", "empty"], "no picture"),
+    (["--testset_name", "broken"], "cut.png"),
+    (["--data_dir", "nowhere"], "nowhere"),
+    (["--weights", "nowhere.pkl"], "nowhere.pkl"),
+    (["--weights", "data/broken/cut.png"], "cut.png"),
+    (["--weights", "data"], "data"),
+    (["--model_dir", "published", "--step_number", "1", "--epoch", "40"], "net_params_50.pkl"),
+    (["--result_dir", "data/set/grey.png"], "grey.png"),
+])
+def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, message):
+    (place / "data" / "empty").mkdir(exist_ok=True)
+    (place / "data" / "broken").mkdir(exist_ok=True)
+    (place / "data" / "broken" / "cut.png").write_bytes((place / "data" / "set" / "grey.png").read_bytes()[:-100])
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, place, "--testset_name", "set", "--result_dir", str(place / "result"), *flags)
+    assert stop.value.code == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_missing_weights_say_where_they_were_looked_for(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "test.py"))
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, place, "--testset_name", "set", "--model_dir", str(tmp_path), "--cs_ratio", "0.3")
+    assert stop.value.code == 2
+    assert str(tmp_path / "R_0.30_T_3_B_32" / "net_params_50.pkl") in capsys.readouterr().err
