@@ -37,7 +37,7 @@ def place(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     net = IDM(block_out_channels=(32, 64), num_steps=1)
     net.save_pretrained(place / "weight" / "compact")
-    published = place / "published" / "R_0.10_T_1_B_32"
+    published = place / "published" / "R_0.10_T_1_B_8"
     published.mkdir(parents=True)
     torch.save(net.official_state_dict(), published / "net_params_50.pkl")
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def read_scores(folder: Path) -> dict[str, tuple[float, float, float]]:
 def test_scores_are_those_of_the_written_pictures(place, tmp_path):
     """In a process of its own, as a user runs it."""
     result = subprocess.run([sys.executable, ROOT / "test.py", "--testset_name", "set", "--device", "cpu",
-                             "--result_dir", tmp_path, "--step_number", "3"],
+                             "--result_dir", tmp_path, "--step_number", "3", "--block_size", "8"],
                             cwd=place, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert "it/s" not in result.stderr  # no bar where stderr is not a terminal
@@ -101,7 +101,8 @@ def test_several_sets_and_ratios_end_with_a_table(place, tmp_path, monkeypatch, 
     stale = tmp_path / "other" / "2.5" / "twin.png_PSNR_1.00_SSIM_0.1000.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of a former run")
-    call(monkeypatch, place, "--testset_name", "set/other", "--cs_ratio", "0.025,0.5", "--result_dir", str(tmp_path))
+    call(monkeypatch, place, "--testset_name", "set/other", "--cs_ratio", "0.025,0.5", "--block_size", "8",
+         "--result_dir", str(tmp_path))
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert re.split("  +", table[0])[1:] == ["2.5 %", "50 %"]
     for line, name in zip(table[1:], ("set", "other"), strict=True):
@@ -120,9 +121,9 @@ def test_several_sets_and_ratios_end_with_a_table(place, tmp_path, monkeypatch, 
 
 
 def test_published_weights_come_first_and_reconstruct_the_same(place, tmp_path, monkeypatch, capsys):
-    flags = ("--testset_name", "other", "--step_number", "1")
+    flags = ("--testset_name", "other", "--step_number", "1", "--block_size", "8")
     call(monkeypatch, place, *flags, "--result_dir", str(tmp_path / "a"), "--model_dir", "published")
-    assert capsys.readouterr().out.startswith(str(Path("published/R_0.10_T_1_B_32/net_params_50.pkl")))
+    assert capsys.readouterr().out.startswith(str(Path("published/R_0.10_T_1_B_8/net_params_50.pkl")))
     call(monkeypatch, place, *flags, "--result_dir", str(tmp_path / "b"), "--weights", "weight/compact")
     assert capsys.readouterr().out.startswith(str(Path("weight/compact")))
     a, b = (read_scores(tmp_path / run / "other" / "10") for run in "ab")
@@ -151,7 +152,7 @@ def test_published_weights_come_first_and_reconstruct_the_same(place, tmp_path, 
     (["--weights", "nowhere.pkl"], "nowhere.pkl"),
     (["--weights", "data/broken/cut.png"], "cut.png"),
     (["--weights", "data"], "data"),
-    (["--model_dir", "published", "--step_number", "1", "--epoch", "40"], "net_params_50.pkl"),
+    (["--model_dir", "published", "--step_number", "1", "--block_size", "8", "--epoch", "40"], "net_params_50.pkl"),
     (["--result_dir", "data/set/grey.png"], "grey.png"),
 ])
 def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, message):
