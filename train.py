@@ -344,7 +344,7 @@ def learning_rate(args: argparse.Namespace, iteration: int) -> float:
 
 
 def finish_epoch(run: Run, testset: list[Picture], started: float, first: int) -> None:
-    """Report, test and save after an epoch, or after the part of one that `--max_iters` leaves."""
+    """Report, save and test after an epoch, or after the part of one that `--max_iters` leaves."""
     args, progress = run.args, run.progress
     epoch = math.ceil(progress.iteration / args.iters_per_epoch)
     label = f"[{epoch:02d}/{args.epoch}]"
@@ -356,12 +356,12 @@ def finish_epoch(run: Run, testset: list[Picture], started: float, first: int) -
                f"{images / seconds:.1f} images/s, {seconds:.0f} s{skipped}")
     if progress.iteration % args.iters_per_epoch == 0:
         progress.loss_sum, progress.loss_count = 0.0, 0
-    for ratio in args.cs_ratio if testset else []:
-        scores = test(run, testset, ratio)
-        run.report(f"{label} {args.testset_name}, ratio {ratio:g}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
     save_state(run)
     if run.process.is_main and (epoch % args.save_interval == 0 or progress.iteration == run.last_iteration):
         save_checkpoint(run.net, run.folder, epoch)
+    for ratio in args.cs_ratio if testset else []:
+        scores = test(run, testset, ratio)
+        run.report(f"{label} {args.testset_name}, ratio {ratio:g}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
 
 
 def open_testset(run: Run) -> list[Picture]:
