@@ -2,12 +2,10 @@
 import argparse
 import json
 import math
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,64 +21,10 @@ from utils.datasets import TrainingCrops
 from utils.errors import UserError
 from utils.evaluation import PRECISIONS, Scores, evaluate, mean_scores
 from utils.testsets import Picture, load_testset
+from utils.training_options import configuration, parse_args, run_name
 
 HALVE_AFTER = (10, 20, 30, 40)  # epochs
 GIVE_UP_AFTER = 10  # iterations in a row without a finite loss
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--epoch", type=int, default=50, help="epochs to train")
-    add("--step_number", type=int, default=3, help="T, sampling steps")
-    add("--cs_ratio", default="0.1", help="ratio M/N; several as 0.1/0.3/0.5 train one model for all")
-    add("--block_size", type=int, default=32, help="B; a row of the operator measures B*B pixels")
-    add("--learning_rate", type=float, default=1e-4, help="of Adam, at the start")
-    add("--lr_schedule", choices=["step", "cosine"], default="step",
-        help="step: halve after epochs 10, 20, 30, 40; cosine: warm up over 2 %% of all iterations, then down to 0")
-    add("--batch_size", type=int, default=8, help="crops per process")
-    add("--patch_size", type=int, default=256, help="side of a crop in pixels")
-    add("--iters_per_epoch", type=int, default=1000, help="iterations that make an epoch")
-    add("--max_iters", type=int, help="stop after this many iterations in all")
-    add("--base_model", default="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        help="where weights come from: a hub id, a folder, a file, an IDM checkpoint, or 'compact' for fresh ones")
-    add("--width", type=int, default=64, help="compact: width of the first scale; the second has twice as much")
-    add("--shuffle", type=int, default=4, help="compact: side of the pixel square folded into channels")
-    add("--precision", choices=list(PRECISIONS), help="fp16 on CUDA, fp32 on the CPU if not given")
-    add("--invertible", choices=["both", "sampling", "unet", "none"], default="both",
-        help="levels that keep no activations; none is fastest where memory suffices")
-    add("--seed", type=int, default=2025, help="of the crops, operators and fresh weights")
-    add("--device", help="cpu, cuda or cuda:N; CUDA if there is any")
-    add("--num_workers", type=int, default=0, help="processes that cut crops; pictures are in memory, so 0 does well")
-    add("--data_dir", type=Path, default="data", help="folder of the test sets")
-    add("--train_dir", type=Path, help="training pictures, searched recursively; DATA_DIR/pristine_images if not given")
-    add("--testset_name", default="Set11", help="tested on after each epoch: a folder of DATA_DIR, or Samples")
-    add("--model_dir", type=Path, default="weight", help="checkpoints and state go into a folder of it")
-    add("--log_dir", type=Path, default="log", help="logs go here")
-    add("--save_interval", type=int, default=10, help="epochs between checkpoints")
-    add("--save_minutes", type=float, default=15, help="minutes between two states within an epoch")
-    add("--resume", action="store_true", help="go on from the state in the run's folder, if there is one")
-    args = parser.parse_args()
-    check_args(args)
-    return args
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Turn the ratios into numbers, complete what depends on other flags, and refuse what cannot be."""
-    try:
-        args.cs_ratio = sorted({float(ratio) for ratio in args.cs_ratio.replace(",", "/").split("/")})
-    except ValueError:
-        raise UserError(f"--cs_ratio {args.cs_ratio} is no list of numbers; write 0.1 or 0.1/0.3/0.5") from None
-    if not all(0 < ratio <= 1 for ratio in args.cs_ratio):
-        raise UserError(f"--cs_ratio must lie in (0, 1], not {args.cs_ratio}")
-    for name in ("epoch", "step_number", "block_size", "learning_rate", "batch_size", "patch_size", "iters_per_epoch",
-                 "max_iters", "width", "shuffle", "save_interval", "save_minutes"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} must be above 0, not {value}")
-    if args.seed < 0 or args.num_workers < 0:
-        raise UserError("--seed and --num_workers must not be below 0")
-    args.train_dir = args.train_dir or args.data_dir / "pristine_images"
 
 
 @dataclass
@@ -111,6 +55,10 @@ class Run:
         return min(self.args.epoch * self.args.iters_per_epoch, self.args.max_iters or sys.maxsize)
 
     @property
+    def configuration(self) -> dict[str, str | int | float]:
+        return configuration(self.args, self.process.world_size, self.crops.fingerprint())
+
+    @property
     def folder(self) -> Path:
         return self.args.model_dir / run_name(self.args)
 
@@ -125,13 +73,8 @@ class Run:
             training_state.append_line(self.log, line)
 
 
-def run_name(args: argparse.Namespace) -> str:
-    ratios = "-".join(f"{ratio:.2f}" for ratio in args.cs_ratio)
-    return f"R_{ratios}_T_{args.step_number}_B_{args.block_size}"
-
-
 def main() -> None:
-    args = parse_args()
+    args = parse_args(__doc__)
     process = distributed.start(args.device)
     run = prepare(args, process)
     describe(run)
@@ -156,7 +99,7 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     run = Run(args, process, crops, net, torch.optim.Adam(net.parameters(), lr=args.learning_rate),
               torch.amp.GradScaler(process.device.type, enabled=args.precision == "fp16"))
     if state:
-        training_state.check_configuration(state["configuration"], configuration(run), state_path)
+        training_state.check_configuration(state["configuration"], run.configuration, state_path)
         net.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
@@ -194,20 +137,6 @@ def holds_idm(path: Path) -> bool:
         return False
 
 
-def configuration(run: Run) -> dict[str, str | int | float]:
-    """All that decides what the weights will be; a run goes on only where none of it has changed."""
-    names = ["base_model", "step_number", "block_size", "learning_rate", "lr_schedule", "batch_size", "patch_size",
-             "iters_per_epoch", "precision", "invertible", "seed"]
-    names += ["width", "shuffle"] if run.args.base_model == "compact" else []
-    names += ["epoch"] if run.args.lr_schedule == "cosine" else []
-    return {
-        **{name: getattr(run.args, name) for name in names},
-        "cs_ratio": "/".join(map(str, run.args.cs_ratio)),
-        "processes": run.process.world_size,
-        "pictures": f"{len(run.crops.pictures)} (names and sizes {run.crops.fingerprint():08x})",
-    }
-
-
 def describe(run: Run) -> None:
     """Say on rank 0 what is about to happen."""
     args, process = run.args, run.process
@@ -239,7 +168,7 @@ def train(run: Run) -> None:
     numbers = range(progress.iteration * args.batch_size, run.last_iteration * args.batch_size)
     batches = iter(DataLoader(run.crops, args.batch_size, sampler=numbers, num_workers=args.num_workers,
                               pin_memory=process.device.type == "cuda"))
-    with stop_on_signal() as stop_asked:
+    with distributed.stop_on_signal() as stop_asked:
         while progress.iteration < run.last_iteration:
             start = time.monotonic(), progress.iteration
             if not train_epoch(run, model, matrices, batches, stop_asked):
@@ -390,7 +319,7 @@ def save_state(run: Run) -> None:
     random = run.process.gather(training_state.random_states())
     if run.process.is_main:
         training_state.save_state(run.folder / "state.pt", {
-            "configuration": configuration(run),
+            "configuration": run.configuration,
             "network": {name: value for name, value in run.net.config.items() if not name.startswith("_")},
             "model": run.net.state_dict(),
             "optimizer": run.optimizer.state_dict(),
@@ -407,18 +336,6 @@ def save_checkpoint(net: IDM, folder: Path, epoch: int) -> None:
                for name, tensor in net.official_state_dict().items()}
     training_state.save_atomically(weights, folder / f"net_params_{epoch}.pkl")
     training_state.save_folder_atomically(net.save_pretrained, folder / "pretrained")
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, instead of ending the process."""
-    asked = threading.Event()
-    former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

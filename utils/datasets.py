@@ -63,10 +63,11 @@ class TrainingCrops(Dataset):
         left = random.integers(picture.shape[1] - size + 1)
         return torch.from_numpy(picture[top:top + size, left:left + size].copy())[None]
 
-    def fingerprint(self) -> int:
-        """A number that tells one collection of pictures from another by their names and sizes."""
+    def fingerprint(self) -> str:
+        """Tells one collection of pictures from another by their number, names and sizes."""
         listing = [f"{name} {picture.shape}" for name, picture in zip(self.names, self.pictures, strict=True)]
-        return zlib.crc32("\n".join(listing).encode())
+        checksum = zlib.crc32("\n".join(listing).encode())
+        return f"{len(listing)} (names and sizes {checksum:08x})"
 
 
 def _luminance(path: Path) -> np.ndarray | None:

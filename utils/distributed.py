@@ -1,5 +1,10 @@
-"""The process group of `torch.distributed.run`, and the seeds of its ranks; a plain `python train.py` has no group."""
+"""The process group of `torch.distributed.run`, the seeds of its ranks, and the signals that end it.
+
+A plain `python train.py` has no group.
+"""
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +101,18 @@ def stop() -> None:
 def seed_of(*numbers: int) -> int:
     """One 63-bit seed from several whole numbers >= 0 (seed, rank, iteration, ...), well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, instead of ending the process."""
+    asked = threading.Event()
+    former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _device(name: str | None, local_rank: int | None) -> torch.device:

@@ -108,6 +108,8 @@ def save_folder_atomically(write: Callable[[Path], None], folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
             write(partial)
+            for path in partial.rglob("*"):
+                _sync(path)
             if folder.exists():
                 os.replace(folder, old)
             os.replace(partial, folder)
@@ -142,11 +144,16 @@ def _write_beside(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name must be on the disk as well
+    _sync(path.parent)  # the new name must be on the disk as well
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 @contextmanager
