@@ -111,7 +111,7 @@ def random_sampling_matrix(cs_ratio: float, block_size: int, generator: torch.Ge
     n = block_size**2
     gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64)
     u, _, vt = torch.linalg.svd(gaussian)
-    columns = math.ceil(round(cs_ratio * n, 6))  # rounded first: 0.07 * 100 is 7.000000000000001
+    columns = max(1, math.ceil(round(cs_ratio * n, 6)))  # rounded first: 0.07 * 100 is 7.000000000000001
     return (u @ vt)[:, :columns].float().contiguous()
 
 

@@ -1,0 +1,207 @@
+"""The reversible engine against plain autograd, in float64 where equality is asked for."""
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.reversible import Coupling, ReversibleChain
+
+
+class Body(nn.Module):
+    """f(x, *context): reads tensors, modules and plain numbers alike."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.unused = nn.Parameter(torch.zeros(1))  # as the injectors of other steps are
+
+    def forward(self, x: Tensor, *context) -> Tensor:
+        out = self.linear(x)
+        for item in context:
+            out = out + (item(x) if isinstance(item, nn.Module) else item * x)
+        return x + torch.tanh(out)
+
+
+def make_chain(depth: int, width: int = 6, dtype: torch.dtype = torch.float64) -> ReversibleChain:
+    torch.manual_seed(depth)
+    chain = ReversibleChain(Coupling(Body(width), v=0.3 + 0.1 * i % 0.5) for i in range(depth))
+    return chain.to(dtype)
+
+
+def make_contexts(width: int = 6, dtype: torch.dtype = torch.float64):
+    """Contexts of five couplings: one tensor shared by three of them, a module with parameters shared by two."""
+    torch.manual_seed(7)
+    shared = torch.randn(3, width, dtype=dtype, requires_grad=True)
+    single = torch.randn(1, dtype=dtype, requires_grad=True)
+    constant = torch.randn(3, width, dtype=dtype)
+    module = nn.Linear(width, width).to(dtype)
+    contexts = [(shared, 2), (), (single, shared), (constant, module), (module, 0.5, shared)]
+    return contexts, [shared, single, *module.parameters()]
+
+
+def streams(width: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return tuple(torch.randn(3, width, dtype=dtype, requires_grad=True) for _ in range(2))
+
+
+def loss_of(y1: Tensor, y2: Tensor) -> Tensor:
+    return (y1.float().sin() if y1.dtype == torch.half else y1.sin()).sum() + (y2**2 * 0.7).sum()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+@pytest.mark.parametrize("store_every", [None, 1, 2, 3, 7])
+def test_gradients_equal_plain_autograd(store_every):
+    chain = make_chain(5)
+    contexts, extra = make_contexts()
+    used = [p for name, p in chain.named_parameters() if "unused" not in name]
+    inputs = [*streams(), *extra, *used]
+    gradients = []
+    for reversible in (False, True):
+        y = chain(*inputs[:2], contexts, reversible=reversible, store_every=store_every)
+        gradients.append(torch.autograd.grad(loss_of(*y), inputs))
+    assert len(inputs) == 2 + 4 + 5 * 3
+    for plain, ours in zip(*gradients, strict=True):
+        assert relative(ours, plain) <= 1e-9
+
+
+def test_unused_parameters_get_no_gradient():
+    chain = make_chain(2)
+    loss_of(*chain(*streams())).backward()
+    assert all((p.grad is None) == ("unused" in name) for name, p in chain.named_parameters())
+
+
+def test_inverse_in_float64():
+    chain, (contexts, _) = make_chain(5), make_contexts()
+    x = streams()
+    with torch.no_grad():
+        back = chain.inverse(*chain(*x, contexts), contexts)
+    assert max(relative(b, a) for a, b in zip(x, back, strict=True)) <= 1e-12
+
+
+def test_nothing_is_kept_and_nothing_changes_without_gradients():
+    chain, x = make_chain(3), streams()
+    expected = chain(*x, reversible=False)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = chain(*x)
+        assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(y, expected, strict=True))
+
+
+def test_keeps_its_outputs_only():
+    chain = make_chain(12, dtype=torch.float32)
+    x = [stream.detach() for stream in streams(dtype=torch.float32)]
+    parameters = {p.data_ptr() for p in chain.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chain(*x)
+    assert sum(kept.values()) == 2 * x[0].numel()
+
+
+def test_frozen_parameters():
+    chain, reference = make_chain(4), make_chain(4)
+    for module in (chain, reference):
+        module[1].body.requires_grad_(False)
+        module[2].v.requires_grad_(False)
+    x = streams()
+    loss_of(*chain(*x)).backward()
+    loss_of(*reference(*x, reversible=False)).backward()
+    for ours, plain in zip(chain.parameters(), reference.parameters(), strict=True):
+        assert (ours.grad is None) == (plain.grad is None)
+        assert ours.grad is None or relative(ours.grad, plain.grad) <= 1e-9
+    chain.requires_grad_(False)  # all frozen: the streams alone still get their gradients
+    (ours,) = torch.autograd.grad(loss_of(*chain(*x)), x[:1])
+    (plain,) = torch.autograd.grad(loss_of(*chain(*x, reversible=False)), x[:1])
+    assert relative(ours, plain) <= 1e-9
+
+
+def test_inputs_without_gradient():
+    chain, reference = make_chain(3), make_chain(3)
+    x = [stream.detach() for stream in streams()]
+    loss_of(*chain(*x)).backward()
+    loss_of(*reference(*x, reversible=False)).backward()
+    assert all(relative(a.grad, b.grad) <= 1e-9 for (name, a), b in
+               zip(chain.named_parameters(), reference.parameters(), strict=True) if "unused" not in name)
+
+
+def test_accumulation_and_retained_graph():
+    """Two backward passes on one graph, and two graphs, add up as autograd adds them."""
+    chain, x = make_chain(3), streams()
+    weight = chain[0].body.linear.weight
+    loss = loss_of(*chain(*x))
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    assert relative(weight.grad, 2 * once) <= 1e-12
+    loss_of(*chain(*x)).backward()
+    assert relative(weight.grad, 3 * once) <= 1e-12
+
+
+def test_one_chain_used_twice_in_one_graph():
+    chain, x = make_chain(3), streams()
+    gradients = []
+    for reversible in (False, True):
+        y = chain(*chain(*x, reversible=reversible), reversible=reversible)
+        gradients.append(torch.autograd.grad(loss_of(*y), [*x, chain[1].v, chain[1].body.linear.weight]))
+    assert all(relative(b, a) <= 1e-9 for a, b in zip(*gradients, strict=True))
+
+
+def test_hooks_run_once_on_the_full_gradient():
+    """A hook on a parameter sees what autograd's own would: one call, with the sum over a shared body's uses."""
+    body = Body(6).double()
+    chain = ReversibleChain(Coupling(body) for _ in range(3)).double()
+    calls = []
+    body.linear.weight.register_hook(lambda grad: calls.append(grad.clone()))
+    x = streams()
+    loss_of(*chain(*x)).backward()
+    loss_of(*chain(*x, reversible=False)).backward()
+    ours, plain = calls
+    assert relative(ours, plain) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_restored_in_backward(dtype):
+    """Backward, called outside autocast, recomputes what forward computed: equal to plain autograd under autocast."""
+    chain, seen = make_chain(4, dtype=torch.float32), []
+    chain[0].body.linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    x = streams(dtype=torch.float32)
+    inputs = [*x, chain[0].v, chain[0].body.linear.weight, chain[3].body.linear.weight]
+    gradients = []
+    for reversible in (False, True):
+        with torch.autocast("cpu", dtype):
+            y = chain(*x, reversible=reversible, store_every=1)
+        assert y[0].dtype == y[1].dtype == torch.float32
+        gradients.append(torch.autograd.grad(loss_of(*y), inputs))
+    assert seen == [dtype] * 3  # plain forward, reversible forward, recomputation
+    assert all(relative(b, a) <= 1e-6 for a, b in zip(*gradients, strict=True))
+
+
+def test_changing_a_weight_between_forward_and_backward_is_an_error():
+    chain = make_chain(2)
+    loss = loss_of(*chain(*streams()))
+    with torch.no_grad():
+        chain[0].body.linear.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_derivatives_are_an_error():
+    chain, x = make_chain(2), streams()
+    (grad,) = torch.autograd.grad(loss_of(*chain(*x)), x[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_wrong_arguments():
+    chain, x = make_chain(2), streams()
+    with pytest.raises(ValueError, match="takes 2 contexts, not 1"):
+        chain(*x, [()])
+    with pytest.raises(ValueError, match="store_every must be None or at least 1"):
+        chain(*x, store_every=0)
