@@ -48,6 +48,7 @@ def loss_of(y1: Tensor, y2: Tensor) -> Tensor:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach(), b.detach()
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
 
 
