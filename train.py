@@ -114,7 +114,7 @@ def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM
     source, steps = args.base_model, args.step_number
     if source == "compact":
         try:
-            return IDM(block_out_channels=(args.width, 2 * args.width), num_steps=steps, shuffle=args.shuffle)
+            return IDM.compact(args.width, steps, args.shuffle)
         except ValueError as error:
             raise UserError(f"--width {args.width} --shuffle {args.shuffle} make no network: {error}") from error
     with process.main_first():
@@ -159,6 +159,9 @@ files      {run.folder}, {run.log}; from {start}""")
 def train(run: Run) -> None:
     """Epoch after epoch until the last iteration, or until a signal asks to stop."""
     args, process, progress = run.args, run.process, run.progress
+    if progress.iteration >= run.last_iteration:
+        process.print("nothing is left to do")
+        return
     testset = open_testset(run)
     model = process.wrap(run.net.train())
     matrices = {}  # Φ for each ratio; the same seed makes the lower one's the beginning of the higher one's
@@ -202,7 +205,7 @@ def train_epoch(
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
             if stop:
-                return False
+                return bar.n == length
             if save_due:
                 save_state(run)
                 saved = time.monotonic()
@@ -279,15 +282,15 @@ def finish_epoch(run: Run, testset: list[Picture], started: float, first: int) -
     label = f"[{epoch:02d}/{args.epoch}]"
     seconds = time.monotonic() - started
     images = (progress.iteration - first) * args.batch_size * run.process.world_size
+    loss = progress.loss_sum / progress.loss_count if progress.loss_count else math.nan
     skipped = f", {progress.skipped} iterations skipped so far (not finite)" if progress.skipped else ""
-    run.report(f"{label} loss: {progress.loss_sum / max(progress.loss_count, 1):.4f}, "
-               f"lr: {learning_rate(args, progress.iteration - 1):.1e}, "
+    run.report(f"{label} loss: {loss:.4f}, lr: {learning_rate(args, progress.iteration - 1):.1e}, "
                f"{images / seconds:.1f} images/s, {seconds:.0f} s{skipped}")
     if progress.iteration % args.iters_per_epoch == 0:
         progress.loss_sum, progress.loss_count = 0.0, 0
-    save_state(run)
     if run.process.is_main and (epoch % args.save_interval == 0 or progress.iteration == run.last_iteration):
         save_checkpoint(run.net, run.folder, epoch)
+    save_state(run)  # after the checkpoint: what a state counts as done is all there
     for ratio in args.cs_ratio if testset else []:
         scores = test(run, testset, ratio)
         run.report(f"{label} {args.testset_name}, ratio {ratio:g}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
