@@ -205,7 +205,7 @@ def train_epoch(
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
             if stop:
-                return bar.n == length
+                return progress.iteration == epoch * args.iters_per_epoch + length
             if save_due:
                 save_state(run)
                 saved = time.monotonic()
