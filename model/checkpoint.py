@@ -7,25 +7,28 @@ import json
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from .injector import Injector
 from .reversible import ReversibleChain
-from .unet import Attention, DownBlock, Resnet, UpBlock
+from .unet import NORM_GROUPS, Attention, DownBlock, Resnet, UpBlock
 
 if TYPE_CHECKING:
     from .idm import IDM
 
 LDM_PREFIX = "model.diffusion_model."  # of the U-Net in a one-file Stable Diffusion checkpoint
 DEFAULT_HEADS = 8  # attention heads leave no trace in the weights; Stable Diffusion v1.5 has 8
+WEIGHT_FILES = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin"))
 
 State = dict[str, Tensor]
 
@@ -115,33 +118,36 @@ def _chain_names(prefix: str, chain: ReversibleChain) -> Iterator[tuple[str, nn.
 def read_official(path: Path) -> State:
     """The state_dict of a published checkpoint; the unpickler runs no code."""
     state = _read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{path} holds no state_dict: a published checkpoint is a dictionary of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if all(name.startswith("module.") for name in state):  # saved from inside DistributedDataParallel
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
 
 
 def official_config(state: State, path: Path) -> dict[str, Any]:
     """The arguments of IDM that a published checkpoint's shapes tell."""
-    unet = {name.removeprefix("unet."): tensor for name, tensor in state.items() if name.startswith("unet.")}
-    if "alpha" not in state:
-        raise WeightsError(f"{path} does not hold an IDM: key alpha is missing")
+    alpha = _entry(state, "alpha", 1, path)
+    if len(alpha) == 0:
+        raise WeightsError(f"{path} does not fit: alpha is (0,), but there is at least one sampling step")
     return {
-        "block_out_channels": widths(unet, path),
-        "num_steps": len(state["alpha"]),
-        "shuffle": shuffle(unet, path),
+        "block_out_channels": widths(state, path, "unet."),
+        "num_steps": len(alpha),
+        "shuffle": shuffle(state, path, "unet."),
         "num_attention_heads": DEFAULT_HEADS,
     }
 
 
 def load_official(net: "IDM", state: State, path: Path) -> None:
-    """Copy a published state_dict into `net`; raises WeightsError naming every key that does not fit."""
+    """Copy a published state_dict into `net`; raises WeightsError naming what does not fit, and then copies nothing."""
     names = list(official_names(net))
-    problems = [f"unexpected key {key}" for key in state.keys() - {name for name, _ in names}]
-    seen: dict[nn.Parameter, str] = {}
-    for name, parameter in names:
-        first = seen.setdefault(parameter, name)
-        if name in state and first in state and not torch.equal(state[name], state[first]):
-            problems.append(f"{name} differs from {first}, though they are one parameter")
+    problems = _misfits(names, state)
+    if not problems:
+        first_names: dict[nn.Parameter, str] = {}
+        for name, parameter in names:
+            first = first_names.setdefault(parameter, name)
+            if not _same(state[name], state[first]):
+                problems.append(f"{name} differs from {first}, though they are one parameter")
     _load(names, state, path, problems)
 
 
@@ -149,20 +155,16 @@ def load_official(net: "IDM", state: State, path: Path) -> None:
 
 def read_pretrained(cls: type["IDM"], folder: Path) -> "IDM":
     """`from_pretrained` of a local folder, which raises WeightsError where that would fill gaps with random numbers."""
+    config = _read_config(folder, cls.__name__)
+    state = _read_tensors(_weight_file(folder))
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} is no folder of ours: its config.json cannot be read ({error})") from error
-    if config.get("_class_name") != cls.__name__:
-        raise WeightsError(f"{folder} holds a {config.get('_class_name')}, not an {cls.__name__}")
-    try:
-        net, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{folder} cannot be loaded: {_first_line(error)}") from error
-    problems = [f"{kind.replace('_', ' ')}: {key}" for kind, keys in info.items() for key in keys]
-    if problems:
-        raise WeightsError(_complaint(folder, problems))
-    return net
+        with torch.device("meta"):  # no time spent on initial values, all of which are replaced
+            net = cls.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{folder}/config.json describes no {cls.__name__}: {_first_line(error)}") from error
+    names = list(net.to_empty(device="cpu").named_parameters())
+    _load(names, state, folder, _misfits(names, state))
+    return net.eval()
 
 
 # --- base models ---------------------------------------------------------------------------------------------------
@@ -175,102 +177,177 @@ def read_base_unet(source: str | Path) -> tuple[State, int]:
             pickles and are read without running code), or a hub id, of which only the U-Net is fetched.
 
     Raises:
-        WeightsError: where the source is missing or holds no U-Net.
+        WeightsError: where the source is missing, or holds no U-Net that an IDM can be cut from.
     """
     path = Path(source)
     if path.is_file():
-        return _read_one_file(path), DEFAULT_HEADS
-    try:
-        if path.is_dir():
-            folder = path / "unet" if (path / "unet").is_dir() else path
-            unet = UNet2DConditionModel.from_pretrained(folder, local_files_only=True)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            unet = UNet2DConditionModel.from_pretrained(str(source), subfolder="unet")
-        else:
-            raise WeightsError(f"{source} is neither a file, nor a folder, nor a hub id")
-    except WeightsError:
-        raise
-    except Exception as error:  # what a hub client can raise is not written down anywhere
-        raise WeightsError(f"no U-Net could be loaded from {source}: {_first_line(error)}") from error
-    heads = unet.config.num_attention_heads or unet.config.attention_head_dim  # the latter is diffusers' misnomer
+        return _read_tensors(path), DEFAULT_HEADS
+    folder = path if path.is_dir() else _fetch_pipeline(str(source))
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = _read_config(folder, "UNet2DConditionModel")
+    for key, value in {"layers_per_block": 2, "norm_num_groups": NORM_GROUPS, "act_fn": "silu"}.items():
+        if config.get(key, value) != value:  # all are diffusers' defaults; the last two leave no trace in the shapes
+            raise WeightsError(f"{source} does not fit: its {key} is {config[key]}, not {value}")
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)  # the latter: diffusers' misnomer
     if not isinstance(heads, int):
-        raise WeightsError(f"{source} has other numbers of heads at each scale ({heads}); Stable Diffusion v1 has one")
-    return unet.state_dict(), heads
+        raise WeightsError(f"{source} does not fit: its scales have different numbers of attention heads ({heads}), "
+                           "as Stable Diffusion 2 has; an IDM is built on Stable Diffusion v1, which has one number")
+    state = _read_tensors(_weight_file(folder))
+    if heads < 1 or any(width % heads for width in widths(state, source)):
+        raise WeightsError(f"{source} does not fit: {heads} attention heads do not divide its widths")
+    return state, heads
 
 
 def load_base_unet(net: "IDM", state: State, source: str | Path) -> None:
     """Copy what Stable Diffusion's U-Net has into `net`; what `net` has beyond it keeps its values."""
-    _load(list(base_names(net)), state, source, [])
+    names = list(base_names(net))
+    state = {name: state[name] for name, _ in names if name in state}  # of what is cut away, nothing is asked
+    _load(names, state, source, _misfits(names, state))
 
 
-def widths(unet_state: State, source: str | Path) -> tuple[int, int]:
+def widths(state: State, source: str | Path, prefix: str = "") -> tuple[int, int]:
     """block_out_channels that a U-Net's weights tell."""
-    return (len(_entry(unet_state, "conv_in.weight", source)),
-            len(_entry(unet_state, "down_blocks.1.resnets.0.conv1.weight", source)))
+    keys = [prefix + "conv_in.weight", prefix + "down_blocks.1.resnets.0.conv1.weight"]
+    narrow, wide = (len(_entry(state, key, 4, source)) for key in keys)
+    for key, width in zip(keys, (narrow, wide), strict=True):
+        if width < 1 or width % NORM_GROUPS:
+            raise WeightsError(f"{source} does not fit: {key} gives {width} channels, no multiple of {NORM_GROUPS}")
+    return narrow, wide
 
 
-def shuffle(unet_state: State, source: str | Path) -> int:
+def shuffle(state: State, source: str | Path, prefix: str = "") -> int:
     """How many pixels a side are folded into the input channels that a U-Net's weights tell."""
-    channels = _entry(unet_state, "conv_in.weight", source).shape[1]
-    side = math.isqrt(channels)
-    if side**2 != channels:
-        raise WeightsError(f"{source} takes {channels} channels (conv_in.weight), which are no square of pixels")
+    taken = _entry(state, f"{prefix}conv_in.weight", 4, source).shape[1]
+    given = len(_entry(state, f"{prefix}conv_out.weight", 4, source))
+    side = math.isqrt(taken)
+    narrow, wide = widths(state, source, prefix)
+    if taken != given or side < 1 or side**2 != taken or narrow % side**2 or wide % (2 * side)**2:
+        raise WeightsError(f"{source} does not fit: at widths of {narrow} and {wide} it takes {taken} channels and "
+                           f"gives {given}; an IDM's takes and gives a square of pixels (an inpainting model does not)")
     return side
 
 
-def _read_one_file(path: Path) -> State:
-    """A one-file Stable Diffusion v1 checkpoint in the original layout, or a U-Net in diffusers' own."""
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                names = list(file.keys())
-                is_ldm = any(name.startswith(LDM_PREFIX) for name in names)
-                state = {n: file.get_tensor(n) for n in names if not is_ldm or n.startswith(LDM_PREFIX)}
-        except (OSError, safetensors.SafetensorError) as error:
-            raise WeightsError(f"{path} cannot be read as safetensors: {_first_line(error)}") from error
-    else:
-        state = _read_pickle(path)
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}
-        is_ldm = any(name.startswith(LDM_PREFIX) for name in state)
-    return convert_ldm_unet_checkpoint(state, {"layers_per_block": 2}) if is_ldm else state
+def _fetch_pipeline(source: str) -> Path:
+    """Local folder of a hub id's pipeline, of which the U-Net is there: downloaded, or in the cache already."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise WeightsError(f"{source} is neither a file, nor a folder, nor a hub id")
+    try:
+        config = hf_hub_download(source, "unet/config.json")
+        for name in WEIGHT_FILES:
+            try:
+                hf_hub_download(source, f"unet/{name}")
+                break
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError):  # not reached, while its parent says: reached, not there
+                    raise
+    except Exception as error:  # what a hub client can raise is not written down anywhere
+        raise WeightsError(f"{source} is no file or folder here, nor could its U-Net be had from the hub; mind the "
+                           "spelling and the network, or name a local folder or file "
+                           f"(the hub's client says: {_first_line(error)})") from error
+    return Path(config).parent.parent
 
 
 # --- common --------------------------------------------------------------------------------------------------------
 
+def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder} holds no model of diffusers: there is no config.json in it") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder}/config.json cannot be read: {_first_line(error)}") from error
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != class_name:
+        raise WeightsError(f"{folder} holds {found or 'an unnamed model'}, not {class_name}")
+    return config
+
+
+def _weight_file(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"{folder} holds no weights: there is none of {', '.join(WEIGHT_FILES)} in it")
+
+
+def _read_tensors(path: Path) -> State:
+    """Tensors of a .safetensors file or a pickle; of a one-file Stable Diffusion v1 checkpoint its U-Net, renamed.
+
+    The tensors are mapped, not read: of a file of 4 GB only those that are copied come into memory.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+        except (OSError, safetensors.SafetensorError) as error:
+            raise WeightsError(f"{path} cannot be read (is it truncated?): {_first_line(error)}") from error
+    else:
+        state = _read_pickle(path)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        if not isinstance(state, dict):
+            raise WeightsError(f"{path} holds no dictionary of tensors")
+    ldm = {name: tensor for name, tensor in state.items() if str(name).startswith(LDM_PREFIX)}
+    if not ldm:
+        return state
+    try:
+        state = convert_ldm_unet_checkpoint(ldm, {"layers_per_block": 2})
+    except KeyError as error:
+        raise WeightsError(f"{path} does not fit: missing key {LDM_PREFIX}{error.args[0]}") from error
+    return {name: tensor for name, tensor in state.items() if tensor is not None}  # None: missing, to the converter
+
+
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise WeightsError(f"there is no weight file {path}") from error
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} was refused: it holds more than tensors, or is no checkpoint at all") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} cannot be read, it may be truncated: {_first_line(error)}") from error
+        raise WeightsError(f"{path} was refused: it holds more than bare tensors, which could run code, or is no "
+                           "PyTorch file at all; take its .safetensors version, or the folder it lies in") from error
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise WeightsError(f"{path} cannot be read (is it truncated?): {_first_line(error)}") from error
 
 
-def _entry(state: State, key: str, source: str | Path) -> Tensor:
+def _entry(state: State, key: str, dimensions: int, source: str | Path) -> Tensor:
     if key not in state:
-        raise WeightsError(f"{source} holds no Stable Diffusion U-Net: key {key} is missing")
-    return state[key]
+        raise WeightsError(f"{source} does not fit: missing key {key}")
+    tensor = state[key]
+    if not isinstance(tensor, Tensor) or tensor.ndim != dimensions:
+        raise WeightsError(f"{source} does not fit: {key} is {_describe(tensor)}, not of {dimensions} dimensions")
+    return tensor
+
+
+def _misfits(names: list[tuple[str, nn.Parameter]], state: State) -> list[str]:
+    """Why `state` cannot be copied into the parameters, key by key."""
+    misfits = []  # first in the list, since the others may follow from them
+    for name, parameter in names:
+        tensor = state.get(name, parameter)
+        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+            misfits.append(f"{name} is {_describe(tensor)}, not {tuple(parameter.shape)}")
+        elif not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+            misfits.append(f"{name} holds no floating-point numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})")
+    known = dict(names)
+    missing = [f"missing key {name}" for name in known if name not in state]
+    return misfits + missing + [f"unexpected key {name}" for name in state if name not in known]
+
+
+def _describe(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal numbers, where NaN equals NaN: what a diverged training saved is not an inconsistent file."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 @torch.no_grad()
 def _load(names: list[tuple[str, nn.Parameter]], state: State, source: str | Path, problems: list[str]) -> None:
-    """Copy state[name] into each parameter; nothing is copied where anything does not fit."""
-    for name, parameter in names:
-        if name not in state:
-            problems.append(f"missing key {name}")
-        elif state[name].shape != parameter.shape:
-            problems.append(f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+    """Copy state[name] into each parameter; where there are problems, copy nothing and raise them."""
     if problems:
-        raise WeightsError(_complaint(source, problems))
+        shown = "; ".join(problems[:5])
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(f"{source} does not fit: {shown}{more}")
     for name, parameter in names:
         parameter.copy_(state[name])
-
-
-def _complaint(source: str | Path, problems: list[str], show: int = 5) -> str:
-    more = f"; and {len(problems) - show} more" if len(problems) > show else ""
-    return f"{source} does not fit: {'; '.join(problems[:show])}{more}"
 
 
 def _first_line(error: Exception) -> str:
