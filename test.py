@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import IDM
-from model.checkpoint import WeightsError
+from model import IDM, WeightsError
 from utils.errors import UserError, run
 from utils.evaluation import PRECISIONS, Result, Scores, evaluate, mean_scores
 from utils.images import remove_former, write_reconstruction, write_whole

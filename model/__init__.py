@@ -1,6 +1,6 @@
 """Invertible diffusion models for compressed sensing."""
-from .checkpoint import WeightsError
 from .idm import IDM
 from .operators import BlockCompressedSensing, LinearOperator
+from .weight_files import WeightsError
 
 __all__ = ["IDM", "BlockCompressedSensing", "LinearOperator", "WeightsError"]

@@ -3,39 +3,33 @@
 The published format is a pickled state_dict that holds every module of a chain twice, under its own name and under the
 chain's: unet.down_blocks.0.resnets.1.… and unet.down_blocks.0.rev_module_lists.1.0.body.… are the same numbers.
 """
-import json
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from .injector import Injector
 from .reversible import ReversibleChain
 from .unet import NORM_GROUPS, Attention, DownBlock, Resnet, UpBlock
+from .weight_files import (
+    State,
+    WeightsError,
+    fetch_pipeline,
+    first_line,
+    read_config,
+    read_pickle,
+    read_tensors,
+    weight_file,
+)
 
 if TYPE_CHECKING:
     from .idm import IDM
 
-LDM_PREFIX = "model.diffusion_model."  # of the U-Net in a one-file Stable Diffusion checkpoint
 DEFAULT_HEADS = 8  # attention heads leave no trace in the weights; Stable Diffusion v1.5 has 8
-WEIGHT_FILES = tuple(f"diffusion_pytorch_model.{end}" for end in ("safetensors", "fp16.safetensors", "bin"))
-
-State = dict[str, Tensor]
-
-
-class WeightsError(ValueError):
-    """A weight file that is missing, unreadable, unsafe or does not fit; the message says which and where."""
-
 
 # --- names ---------------------------------------------------------------------------------------------------------
 
@@ -117,12 +111,20 @@ def _chain_names(prefix: str, chain: ReversibleChain) -> Iterator[tuple[str, nn.
 
 def read_official(path: Path) -> State:
     """The state_dict of a published checkpoint; the unpickler runs no code."""
-    state = _read_pickle(path)
+    state = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{path} holds no state_dict: a published checkpoint is a dictionary of tensors")
     if all(name.startswith("module.") for name in state):  # saved from inside DistributedDataParallel
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return state
+
+
+def build_official(cls: type["IDM"], path: Path) -> "IDM":
+    """The network that a published checkpoint holds; what its shapes do not tell is as published."""
+    state = read_official(path)
+    net = _blank(cls, official_config(state, path))
+    load_official(net, state, path)
+    return net.eval()
 
 
 def official_config(state: State, path: Path) -> dict[str, Any]:
@@ -155,14 +157,13 @@ def load_official(net: "IDM", state: State, path: Path) -> None:
 
 def read_pretrained(cls: type["IDM"], folder: Path) -> "IDM":
     """`from_pretrained` of a local folder, which raises WeightsError where that would fill gaps with random numbers."""
-    config = _read_config(folder, cls.__name__)
-    state = _read_tensors(_weight_file(folder))
+    config = read_config(folder, cls.__name__)
+    state = read_tensors(weight_file(folder))
     try:
-        with torch.device("meta"):  # no time spent on initial values, all of which are replaced
-            net = cls.from_config(config)
+        net = _blank(cls, config)
     except (ValueError, TypeError) as error:
-        raise WeightsError(f"{folder}/config.json describes no {cls.__name__}: {_first_line(error)}") from error
-    names = list(net.to_empty(device="cpu").named_parameters())
+        raise WeightsError(f"{folder}/config.json describes no {cls.__name__}: {first_line(error)}") from error
+    names = list(net.named_parameters())
     _load(names, state, folder, _misfits(names, state))
     return net.eval()
 
@@ -181,10 +182,10 @@ def read_base_unet(source: str | Path) -> tuple[State, int]:
     """
     path = Path(source)
     if path.is_file():
-        return _read_tensors(path), DEFAULT_HEADS
-    folder = path if path.is_dir() else _fetch_pipeline(str(source))
+        return read_tensors(path), DEFAULT_HEADS
+    folder = path if path.is_dir() else fetch_pipeline(str(source))
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = _read_config(folder, "UNet2DConditionModel")
+    config = read_config(folder, "UNet2DConditionModel")
     for key, value in {"layers_per_block": 2, "norm_num_groups": NORM_GROUPS, "act_fn": "silu"}.items():
         if config.get(key, value) != value:  # all are diffusers' defaults; the last two leave no trace in the shapes
             raise WeightsError(f"{source} does not fit: its {key} is {config[key]}, not {value}")
@@ -192,7 +193,7 @@ def read_base_unet(source: str | Path) -> tuple[State, int]:
     if not isinstance(heads, int):
         raise WeightsError(f"{source} does not fit: its scales have different numbers of attention heads ({heads}), "
                            "as Stable Diffusion 2 has; an IDM is built on Stable Diffusion v1, which has one number")
-    state = _read_tensors(_weight_file(folder))
+    state = read_tensors(weight_file(folder))
     if heads < 1 or any(width % heads for width in widths(state, source)):
         raise WeightsError(f"{source} does not fit: {heads} attention heads do not divide its widths")
     return state, heads
@@ -227,84 +228,13 @@ def shuffle(state: State, source: str | Path, prefix: str = "") -> int:
     return side
 
 
-def _fetch_pipeline(source: str) -> Path:
-    """Local folder of a hub id's pipeline, of which the U-Net is there: downloaded, or in the cache already."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise WeightsError(f"{source} is neither a file, nor a folder, nor a hub id")
-    try:
-        config = hf_hub_download(source, "unet/config.json")
-        for name in WEIGHT_FILES:
-            try:
-                hf_hub_download(source, f"unet/{name}")
-                break
-            except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError):  # not reached, while its parent says: reached, not there
-                    raise
-    except Exception as error:  # what a hub client can raise is not written down anywhere
-        raise WeightsError(f"{source} is no file or folder here, nor could its U-Net be had from the hub; mind the "
-                           "spelling and the network, or name a local folder or file "
-                           f"(the hub's client says: {_first_line(error)})") from error
-    return Path(config).parent.parent
-
-
 # --- common --------------------------------------------------------------------------------------------------------
 
-def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no model of diffusers: there is no config.json in it") from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder}/config.json cannot be read: {_first_line(error)}") from error
-    found = config.get("_class_name") if isinstance(config, dict) else None
-    if found != class_name:
-        raise WeightsError(f"{folder} holds {found or 'an unnamed model'}, not {class_name}")
-    return config
-
-
-def _weight_file(folder: Path) -> Path:
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    raise WeightsError(f"{folder} holds no weights: there is none of {', '.join(WEIGHT_FILES)} in it")
-
-
-def _read_tensors(path: Path) -> State:
-    """Tensors of a .safetensors file or a pickle; of a one-file Stable Diffusion v1 checkpoint its U-Net, renamed.
-
-    The tensors are mapped, not read: of a file of 4 GB only those that are copied come into memory.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-        except (OSError, safetensors.SafetensorError) as error:
-            raise WeightsError(f"{path} cannot be read (is it truncated?): {_first_line(error)}") from error
-    else:
-        state = _read_pickle(path)
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
-        if not isinstance(state, dict):
-            raise WeightsError(f"{path} holds no dictionary of tensors")
-    ldm = {name: tensor for name, tensor in state.items() if str(name).startswith(LDM_PREFIX)}
-    if not ldm:
-        return state
-    try:
-        state = convert_ldm_unet_checkpoint(ldm, {"layers_per_block": 2})
-    except KeyError as error:
-        raise WeightsError(f"{path} does not fit: missing key {LDM_PREFIX}{error.args[0]}") from error
-    return {name: tensor for name, tensor in state.items() if tensor is not None}  # None: missing, to the converter
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError as error:
-        raise WeightsError(f"there is no weight file {path}") from error
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} was refused: it holds more than bare tensors, which could run code, or is no "
-                           "PyTorch file at all; take its .safetensors version, or the folder it lies in") from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise WeightsError(f"{path} cannot be read (is it truncated?): {_first_line(error)}") from error
+def _blank(cls: type["IDM"], config: dict[str, Any]) -> "IDM":
+    """A network whose parameters have no values yet: no time is spent on some that will be replaced."""
+    with torch.device("meta"):
+        net = cls.from_config(config)
+    return net.to_empty(device="cpu")
 
 
 def _entry(state: State, key: str, dimensions: int, source: str | Path) -> Tensor:
@@ -348,7 +278,3 @@ def _load(names: list[tuple[str, nn.Parameter]], state: State, source: str | Pat
         raise WeightsError(f"{source} does not fit: {shown}{more}")
     for name, parameter in names:
         parameter.copy_(state[name])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

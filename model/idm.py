@@ -108,8 +108,8 @@ class IDM(ModelMixin, ConfigMixin):
     def compact(cls, width: int = 64, num_steps: int = 3, shuffle: int = 4) -> "IDM":
         """Fresh weights at small widths (width, 2 · width), one attention head for 32 channels of the first.
 
-        They start at the back-projection: no noise is estimated, and little of x̂_t passes a step by.  (From v = 0.5, half
-        of the last but one estimate would be left in the result, until training has brought v down.)
+        They start at the back-projection: no noise is estimated, and little of x̂_t passes a step by.  (From v = 0.5,
+        half of the last but one estimate would be left in the result, until training has brought v down.)
         """
         net = cls((width, 2 * width), num_steps, shuffle, num_attention_heads=max(1, width // NORM_GROUPS))
         nn.init.zeros_(net.unet.conv_out.weight)
@@ -135,12 +135,7 @@ class IDM(ModelMixin, ConfigMixin):
     def from_checkpoint(cls, path: str | Path) -> "IDM":
         """Load a published checkpoint (.pkl) or a folder that `save_pretrained` wrote."""
         path = Path(path)
-        if path.is_dir():
-            return checkpoint.read_pretrained(cls, path)
-        state = checkpoint.read_official(path)
-        net = cls(**checkpoint.official_config(state, path))
-        checkpoint.load_official(net, state, path)
-        return net.eval()
+        return checkpoint.read_pretrained(cls, path) if path.is_dir() else checkpoint.build_official(cls, path)
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The published checkpoint format: every module of a chain under both of its names, sharing memory."""

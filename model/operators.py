@@ -1,6 +1,6 @@
 """Measurement operators: A takes an image to what the camera records, A_adjoint takes it back (paper, section 3.1).
 
-Methods are named as deepinv names them (A, A_adjoint, A_dagger), so that an operator of either library serves the other.
+Methods are named as deepinv names them (A, A_adjoint, A_dagger), so that operators of either library serve the other.
 """
 import math
 
@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 
 class LinearOperator(nn.Module):
-    """Base of all operators with A Aᵀ = I: a subclass gives `A` and `A_adjoint`, and `image_shape`, the (H, W) it takes.
+    """Base of all operators with A Aᵀ = I; a subclass gives `A` and `A_adjoint`.
 
     Being a module it moves with `.to(device)`, and the reversible engine finds its parameters, should it have any.
     """
-
-    image_shape: tuple[int, int]
 
     def A(self, x: Tensor) -> Tensor:
         """Measure images x (batch, 1, H, W)."""

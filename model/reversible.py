@@ -7,8 +7,8 @@ A coupling (the paper's "wiring") makes any function f invertible by carrying a 
 
 Forward, a chain runs its couplings without a graph and keeps its two output streams.  Backward, it walks from the end:
 compute f once with a graph, rebuild x from y, and differentiate that one coupling.  Everything f reads that can have a
-gradient (streams, v's, context, parameters) is an explicit input of the autograd function and gets its gradient returned,
-so that accumulation, hooks, DistributedDataParallel and repeated use are autograd's own.
+gradient (streams, v's, context, parameters) is an explicit input of the autograd function and has its gradient
+returned, so that accumulation, hooks, DistributedDataParallel and repeated use are autograd's own.
 
 This file knows nothing of images, operators or diffusion.  f must be deterministic: it is computed twice.
 """

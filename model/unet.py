@@ -1,6 +1,6 @@
 """Level two: Stable Diffusion's U-Net, cut down, its blocks written as reversible chains (paper, section 3.2).
 
-What is left of UNet2DConditionModel: two down blocks, two up blocks, no time embedding, no mid block, no cross-attention.
+Left of UNet2DConditionModel are two down blocks and two up blocks, without time embedding, mid block, cross-attention.
 Around every attention stand two injectors.  Inside a block the features are a pair of streams (x, s·x), which chains of
 couplings carry through and m merges again as x₁ + m·x₂.  The building blocks are diffusers' own modules.
 """

@@ -1,8 +1,8 @@
 """Deterministic weights for the golden cases: the same numbers on every machine and every library version.
 
 `fill(name, shape, seed)` returns the float32 value of the parameter called `name` (its name in the published checkpoint
-format, as model/checkpoint.py lists them).  Each tensor has a generator of its own, seeded by the CRC-32 of its name, so the order in
-which parameters are visited does not matter.
+format, as model/checkpoint.py lists them).  Each tensor has a generator of its own, seeded by the CRC-32 of its name,
+so the order in which parameters are visited does not matter.
 """
 import zlib
 
