@@ -1,0 +1,65 @@
+"""README's picture: a photograph, what the camera's numbers give back by themselves, and reconstructions by IDM.
+
+    python benchmarks/teaser.py --out figs/teaser.png
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import IDM  # noqa: E402
+from utils.evaluation import evaluate  # noqa: E402
+from utils.images import write_whole  # noqa: E402
+from utils.testsets import Picture, load_testset  # noqa: E402
+
+RATIOS = (0.1, 0.3, 0.5)
+CAPTION = 26  # pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--pictures", default="astronaut,chelsea", help="of the Samples")
+    parser.add_argument("--weights", default=ROOT / "weight" / "compact")
+    parser.add_argument("--out", type=Path, default=ROOT / "figs" / "teaser.png")
+    args = parser.parse_args()
+    net = IDM.from_checkpoint(args.weights)
+    samples = {picture.name: picture for picture in load_testset("Samples")}
+    rows = [row(net, samples[name]) for name in args.pictures.split(",")]
+    _, png = cv2.imencode(".png", np.concatenate(rows, axis=0))
+    write_whole(args.out, png.tobytes())
+
+
+def row(net: IDM, picture: Picture) -> np.ndarray:
+    """(H + caption, 5 W, 3) uint8, BGR."""
+    tiles = [caption(colour(picture, picture.luminance), "photograph")]
+    (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], RATIOS[0])
+    tiles.append(caption(colour(picture, back.reconstruction), f"A'y at 10 %: {back.psnr:.2f} dB"))
+    for ratio in RATIOS:
+        (result,) = evaluate(net, [picture], ratio, size_multiple=net.size_multiple)
+        tiles.append(caption(colour(picture, result.reconstruction), f"IDM at {ratio:.0%}: {result.psnr:.2f} dB"))
+    return np.concatenate(tiles, axis=1)
+
+
+def colour(picture: Picture, luminance: np.ndarray) -> np.ndarray:
+    """BGR of a luminance in [0, 255], with the photograph's own colours."""
+    ycrcb = picture.ycrcb.copy()
+    ycrcb[..., 0] = np.rint(luminance)
+    return cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2BGR)
+
+
+def caption(tile: np.ndarray, text: str) -> np.ndarray:
+    strip = np.full((CAPTION, tile.shape[1], 3), 255, np.uint8)
+    cv2.putText(strip, text, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate((tile, strip), axis=0)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
