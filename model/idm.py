@@ -34,6 +34,8 @@ class SamplingStep(nn.Module):
         noise = F.pixel_shuffle(noise, unet.shuffle).to(x.dtype)
         x0 = (x - (1 - now).sqrt() * noise) / now.sqrt()
         x0 = x0 - operator.A_adjoint(operator.A(x0) - y)
+        if step == 1:  # ᾱ_0 = 1: no noise is left, and √(1 − ᾱ_0) has no derivative
+            return x0
         return after.sqrt() * x0 + (1 - after).sqrt() * noise
 
 
@@ -65,7 +67,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.input_scale = nn.Parameter(torch.ones(1))  # s_in
         self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
         self.steps = ReversibleChain(Coupling(SamplingStep()) for _ in range(num_steps))  # t = T, …, 1
-        self.store_every: int | None = 1
+        self.store_every = 1
         self.invertible = "both"
 
     @property
@@ -79,6 +81,17 @@ class IDM(ModelMixin, ConfigMixin):
             raise ValueError(f"invertible must be one of {', '.join(INVERTIBLE)}, not {levels!r}")
         self._invertible = levels
         self.unet.reversible = levels in ("both", "unet")
+
+    @property
+    def store_every(self) -> int | None:
+        """Level one keeps its two images every so many steps (1: exact gradients), or never (None: as published)."""
+        return self._store_every
+
+    @store_every.setter
+    def store_every(self, steps: int | None) -> None:
+        if steps is not None and steps < 1:
+            raise ValueError(f"store_every must be None or at least 1, not {steps}")
+        self._store_every = steps
 
     @property
     def size_multiple(self) -> int:
@@ -138,7 +151,13 @@ class IDM(ModelMixin, ConfigMixin):
         return checkpoint.read_pretrained(cls, path) if path.is_dir() else checkpoint.build_official(cls, path)
 
     def official_state_dict(self) -> dict[str, Tensor]:
-        """The published checkpoint format: every module of a chain under both of its names, sharing memory."""
+        """The published checkpoint format: every module of a chain under both of its names, sharing memory.
+
+        Raises ValueError where the number of attention heads, of which the format keeps no trace, is not the published.
+        """
+        if self.config.num_attention_heads != checkpoint.DEFAULT_HEADS:
+            raise ValueError(f"the published format means {checkpoint.DEFAULT_HEADS} attention heads, "
+                             f"not {self.config.num_attention_heads}; use save_pretrained")
         return {name: tensor.detach() for name, tensor in checkpoint.official_names(self)}
 
 

@@ -36,7 +36,7 @@ class BlockCompressedSensing(LinearOperator):
     A x = (π x) Φ and Aᵀ y = π⁻¹ (y Φᵀ), with ΦᵀΦ = I, hence A Aᵀ = I.
 
     Args:
-        sampling_matrix: Φ, (N, M) with N = block_size² and orthonormal columns.
+        sampling_matrix: Φ, (N, M) with N = block_size² and orthonormal columns; an nn.Parameter is kept as one.
         permutation: π, (H·W,) int64; pixel `permutation[i]` of the flattened image goes to place i.
         image_shape: (H, W), with H·W a multiple of N.
 
@@ -55,7 +55,10 @@ class BlockCompressedSensing(LinearOperator):
         if permutation.shape != (pixels,):
             raise ValueError(f"the permutation must have {pixels} entries, not {tuple(permutation.shape)}")
         self.image_shape = (height, width)
-        self.register_buffer("sampling_matrix", sampling_matrix)
+        if isinstance(sampling_matrix, nn.Parameter):
+            self.sampling_matrix = sampling_matrix
+        else:
+            self.register_buffer("sampling_matrix", sampling_matrix)
         self.register_buffer("permutation", permutation)
         self.register_buffer("inverse_permutation", permutation.argsort())
 
@@ -73,7 +76,7 @@ class BlockCompressedSensing(LinearOperator):
         return cls(sampling_matrix, permutation, image_shape)
 
     def A(self, x: Tensor) -> Tensor:
-        """(batch, 1, H, W) -> (batch, H·W/N, M), in fp32 at least, under autocast too."""
+        """(batch, 1, H, W) -> (batch, H·W/N, M), in the precision of Φ, under autocast too."""
         if x.shape[1:] != (1, *self.image_shape):
             raise ValueError(f"the operator measures (batch, 1, {self.image_shape[0]}, {self.image_shape[1]}) images, "
                              f"not {tuple(x.shape)}")
@@ -84,7 +87,7 @@ class BlockCompressedSensing(LinearOperator):
             return pixels.view(len(x), -1, n) @ self.sampling_matrix
 
     def A_adjoint(self, y: Tensor) -> Tensor:
-        """(batch, H·W/N, M) -> (batch, 1, H, W), in fp32 at least, under autocast too."""
+        """(batch, H·W/N, M) -> (batch, 1, H, W), in the precision of Φ, under autocast too."""
         height, width = self.image_shape
         n, m = self.sampling_matrix.shape
         if y.shape[1:] != (height * width // n, m):
@@ -100,8 +103,11 @@ def random_sampling_matrix(cs_ratio: float, block_size: int, generator: torch.Ge
     """Φ: the first M = ceil(cs_ratio · N) columns of U Vᵀ, where U S Vᵀ is an N×N Gaussian matrix and N = block_size².
 
     Of one generator state, the matrix of a lower ratio is the beginning of that of a higher one.
-    Returns (N, M) float32 on the CPU; raises ValueError for a ratio outside (0, 1] or a block size below 1.
+    Returns (N, M) float32 on the CPU; raises ValueError for a ratio outside (0, 1], a block size below 1, and a
+    generator of another device, whose numbers would be others.
     """
+    if generator.device.type != "cpu":
+        raise ValueError(f"the generator must be a CPU generator, not one of {generator.device}")
     if not 0 < cs_ratio <= 1:
         raise ValueError(f"cs_ratio must lie in (0, 1], not {cs_ratio}")
     if block_size < 1:

@@ -12,8 +12,9 @@ returned, so that accumulation, hooks, DistributedDataParallel and repeated use 
 
 This file knows nothing of images, operators or diffusion.  f must be deterministic: it is computed twice.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ class Coupling(nn.Module):
 class ReversibleChain(nn.ModuleList):
     """Couplings one after the other.
 
-    A context, one tuple a coupling, is what f reads beside its stream.  Tensors in it, and the parameters of modules in
-    it, are differentiated like all else; of other objects the chain takes no notice.
+    A context, one tuple a coupling, is what f reads beside its stream.  Tensors in it, and parameters and buffers of
+    modules in it, are differentiated like all else.  Of other objects the chain takes no notice, so tensors must not
+    hide inside them; lists, tuples and dictionaries are refused.
     """
 
     def forward(
@@ -118,18 +120,22 @@ class _Call:
     coupling: Coupling
     body: _Body
     v: int
-    parameters: dict[str, int]  # name in `body` -> number
+    parameters: dict[str, int]  # and buffers: name in `body` -> number
     tensors: dict[int, int]  # position in the context -> number
     others: dict[int, Any]  # position in the context -> what is not a tensor
 
     @classmethod
     def of(cls, coupling: Coupling, context: tuple, inputs: _Inputs) -> "_Call":
+        for item in context:
+            if isinstance(item, Mapping | list | tuple | set):
+                raise TypeError(f"a context holds tensors, modules and constants, not a {type(item).__name__}")
         body = _Body(coupling.body, [item for item in context if isinstance(item, nn.Module)])
+        named = chain(body.named_parameters(), body.named_buffers())
         return cls(
             coupling=coupling,
             body=body,
             v=inputs.number(coupling.v),
-            parameters={name: inputs.number(p) for name, p in body.named_parameters() if p.requires_grad},
+            parameters={name: inputs.number(tensor) for name, tensor in named},
             tensors={i: inputs.number(item) for i, item in enumerate(context) if isinstance(item, Tensor)},
             others={i: item for i, item in enumerate(context) if not isinstance(item, Tensor)},
         )

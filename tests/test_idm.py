@@ -125,27 +125,51 @@ def test_gradients_at_any_depth_and_shuffle():
         assert (ours - plain).norm() <= 1e-9 * plain.norm() + rounding
 
 
-def test_learned_operator():
-    """An operator with parameters is differentiated too, to the same numbers with and without inversion."""
+class Masked(LinearOperator):
+    """y = w x, pixel by pixel, with w a learned parameter, or a buffer with a gradient."""
 
-    class Masked(LinearOperator):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.linspace(0.5, 1, 32 * 32, dtype=torch.float64).view(32, 32))
+    def __init__(self, as_buffer: bool):
+        super().__init__()
+        weight = torch.linspace(0.5, 1, 32 * 32, dtype=torch.float64).view(32, 32)
+        if as_buffer:
+            self.register_buffer("weight", weight.requires_grad_())
+        else:
+            self.weight = torch.nn.Parameter(weight)
 
-        def A(self, x: Tensor) -> Tensor:
-            return self.weight * x
+    def A(self, x: Tensor) -> Tensor:
+        return self.weight * x
 
-        def A_adjoint(self, y: Tensor) -> Tensor:
-            return self.weight * y
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return self.weight * y
 
+
+def learned_sampling_matrix() -> BlockCompressedSensing:
+    operator = BlockCompressedSensing.random((32, 32), 0.25, 16, torch.Generator().manual_seed(0))
+    phi = torch.nn.Parameter(operator.sampling_matrix.double())
+    return BlockCompressedSensing(phi, operator.permutation, (32, 32))
+
+
+@pytest.mark.parametrize(("operator", "name"), [
+    (Masked(as_buffer=False), "weight"), (Masked(as_buffer=True), "weight"),
+    (learned_sampling_matrix(), "sampling_matrix")])
+def test_learned_operator(operator: LinearOperator, name: str):
+    """What an operator learns is differentiated too, to the same numbers with and without inversion."""
     torch.manual_seed(0)
-    net, operator = IDM((32, 64), 2, shuffle=4).double(), Masked()
-    y = torch.rand(1, 1, 32, 32, dtype=torch.float64)
+    net, learned = IDM((32, 64), 2, shuffle=4).double(), getattr(operator, name)
+    y = operator.A(torch.rand(1, 1, 32, 32, dtype=torch.float64)).detach()
     gradients = []
-    for net.invertible in ("none", "both"):
-        gradients.append(torch.autograd.grad(net(y, operator).abs().mean(), operator.weight)[0])
-    assert (gradients[1] - gradients[0]).norm() <= 1e-9 * gradients[0].norm()
+    for net.invertible in INVERTIBLE:
+        gradients.append(torch.autograd.grad(net(y, operator).abs().mean(), learned)[0])
+    assert all((ours - gradients[-1]).norm() <= 1e-9 * gradients[-1].norm() for ours in gradients)
+
+
+def test_no_anomaly_in_fresh_weights():
+    """No derivative along the way is nan, not even one that a zero hides afterwards."""
+    net = IDM.compact(32, num_steps=2)
+    operator = BlockCompressedSensing.random((32, 32), 0.25, 16, torch.Generator().manual_seed(0))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        for net.invertible in INVERTIBLE:
+            net(operator.A(torch.rand(1, 1, 32, 32)), operator).abs().mean().backward()
 
 
 def test_injector_equals_its_definition():
@@ -191,6 +215,8 @@ def test_wrong_use():
     net = IDM((32, 64), 1)
     with pytest.raises(ValueError, match="invertible must be one of both, sampling, unet, none, not 'all'"):
         net.invertible = "all"
+    with pytest.raises(ValueError, match="store_every must be None or at least 1, not 0"):
+        net.store_every = 0
     operator = BlockCompressedSensing.random((6, 6), 0.5, 6, torch.Generator())
     with pytest.raises(ValueError, match="multiples of 4, not 6x6"):
         net(operator.A(torch.rand(1, 1, 6, 6)), operator)

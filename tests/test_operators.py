@@ -99,3 +99,10 @@ def test_shapes_that_do_not_fit():
         operator.A(torch.zeros(1, 1, 12, 8))
     with pytest.raises(ValueError, match="measurements are"):
         operator.A_adjoint(torch.zeros(1, 6, 6))
+
+
+def test_learned_sampling_matrix_stays_a_parameter():
+    phi = torch.nn.Parameter(torch.eye(16)[:, :4])
+    operator = BlockCompressedSensing(phi, torch.arange(64), (8, 8))
+    assert list(operator.parameters()) == [phi]
+    assert operator.to(torch.float64).sampling_matrix.dtype == torch.float64

@@ -193,6 +193,15 @@ def test_changing_a_weight_between_forward_and_backward_is_an_error():
         loss.backward()
 
 
+def test_changing_a_frozen_weight_is_an_error_too():
+    chain = make_chain(2)
+    chain[0].body.requires_grad_(False)
+    loss = loss_of(*chain(*streams()))
+    chain[0].body.linear.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_second_derivatives_are_an_error():
     chain, x = make_chain(2), streams()
     (grad,) = torch.autograd.grad(loss_of(*chain(*x)), x[:1], create_graph=True)
@@ -204,5 +213,7 @@ def test_wrong_arguments():
     chain, x = make_chain(2), streams()
     with pytest.raises(ValueError, match="takes 2 contexts, not 1"):
         chain(*x, [()])
+    with pytest.raises(TypeError, match="not a list"):
+        chain(*x, [(), ([x[0]],)])
     with pytest.raises(ValueError, match="store_every must be None or at least 1"):
         chain(*x, store_every=0)
