@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from model import IDM, BlockCompressedSensing, WeightsError
-from model.checkpoint import load_base_unet, load_official, read_base_unet
+from model.checkpoint import load_base_unet, load_official, official_names, read_base_unet
 from tests.conftest import Golden
 
 KEY_LIST = Path(__file__).parent / "golden" / "official_checkpoint_keys.txt"
@@ -382,7 +382,8 @@ def pipeline(unet, tmp_path_factory) -> Path:
 
 def assert_built_on(net: IDM, unet: UNet2DConditionModel, rounding=lambda tensor: tensor) -> None:
     """What Stable Diffusion has is Stable Diffusion's; the rest has the published initial values."""
-    state, base, compared = net.official_state_dict(), unet.state_dict(), 0
+    state = {name: parameter.detach() for name, parameter in official_names(net)}
+    base, compared = unet.state_dict(), 0
     assert list(state) == [key for key, _ in PUBLISHED_SHAPES]
     for key, tensor in state.items():
         leaf = key.rsplit(".", 1)[-1]
@@ -432,6 +433,8 @@ def test_other_heads_and_other_files_of_a_unet(tmp_path, quiet, offline):
     net = IDM.from_unet(tmp_path / "bin", num_steps=3)
     assert net.config.num_attention_heads == 4
     assert_built_on(net, four)
+    with pytest.raises(ValueError, match="means 8 attention heads, not 4"):  # it would be read back as another network
+        net.official_state_dict()
     four.half().save_pretrained(tmp_path / "half", variant="fp16")
     assert_built_on(IDM.from_unet(tmp_path / "half"), four, Tensor.float)
     assert_built_on(IDM.from_unet(tmp_path / "half" / "diffusion_pytorch_model.fp16.safetensors"), four, Tensor.float)
