@@ -57,6 +57,9 @@ def one_rank(rank: int, port: int, folder: str) -> None:
             assert (process.rank, process.world_size, process.is_main) == (rank, 2, rank == 0)
             assert process.sum([rank + 1, torch.tensor(0.5)]) == [3.0, 1.0]
             assert process.gather(f"rank {rank}") == (["rank 0", "rank 1"] if rank == 0 else [])
+            assert process.of_all(10.0 + rank) == [10.0, 11.0]
+            with pytest.raises(UserError, match="missing"), process.main_first():  # the other rank is not left waiting
+                raise UserError("missing on both")
             net = build("both")
             share = IMAGES // 2
             found = gradients(net, process.wrap(net), slice(rank * share, (rank + 1) * share))
@@ -102,20 +105,26 @@ def test_without_a_group_a_process_stands_for_itself(monkeypatch):
     assert process.is_main and process.world_size == 1 and not dist.is_initialized()
     assert process.wrap(layer) is layer
     assert process.sum([1, True, torch.tensor(2.5)]) == [1.0, 1.0, 2.5]
-    assert process.gather("alone") == ["alone"]
+    assert process.gather("alone") == ["alone"] and process.of_all(3.0) == [3.0]
 
 
 def test_a_device_that_is_not_there_is_the_users_mistake(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    for name in ("cuda:99", "meta", "mps:7"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used"):
+            distributed.start(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="CUDA device 3 .* has 1"):
-        distributed.start("cuda:3")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="process 3 of this machine .* there are 1; start fewer"):
+        distributed.start("cuda")
     with pytest.raises(UserError, match="--device toaster"):
         distributed.start("toaster")
 
 
 def test_seeds_differ_wherever_one_of_their_numbers_does():
-    seeds = {distributed.seed_of(*numbers) for numbers in [(1,), (2,), (1, 2), (2, 1), (1, 2, 3), (1, 3, 2)]}
-    assert len(seeds) == 6
+    seeds = {distributed.seed_of(*numbers) for numbers in [
+        (1,), (1, 0), (2,), (1, 2), (2, 1), (1, 2, 0), (1, 2, 3), (1, 3, 2)]}
+    assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert distributed.seed_of(1, 2, 3) == distributed.seed_of(1, 2, 3)

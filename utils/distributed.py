@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import UserError
+from utils.devices import open_device
 
 # Rank 0 tests and writes while the others wait for it, which must not count as a hung collective.
 _PATIENCE = timedelta(hours=1)
@@ -54,6 +54,10 @@ class Process:
             dist.all_reduce(numbers)
         return numbers.tolist()
 
+    def of_all(self, value: float) -> list[float]:
+        """`value` of every rank, in order of rank, the same list on all."""
+        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world_size)])
+
     def gather(self, thing: Any) -> list[Any]:
         """`thing` of every rank, in order of rank, on rank 0; an empty list on the others."""
         if not dist.is_initialized():
@@ -64,12 +68,14 @@ class Process:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let rank 0 run the body before the others: what it downloads, they find."""
+        """Let rank 0 run the body before the others: what it downloads, they find; where it fails, they go on too."""
         if dist.is_initialized() and not self.is_main:
             dist.barrier()
-        yield
-        if dist.is_initialized() and self.is_main:
-            dist.barrier()
+        try:
+            yield
+        finally:
+            if dist.is_initialized() and self.is_main:
+                dist.barrier()
 
 
 def start(device: str | None = None) -> Process:
@@ -85,7 +91,10 @@ def start(device: str | None = None) -> Process:
     grouped = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank = int(os.environ["RANK"]) if grouped else 0
     world_size = int(os.environ["WORLD_SIZE"]) if grouped else 1
-    place = _device(device, int(os.environ.get("LOCAL_RANK", rank)) if grouped else None)
+    place = open_device(device, int(os.environ.get("LOCAL_RANK", rank)) if grouped else None)
+    if place.type == "cuda":
+        place = torch.device("cuda", place.index or 0)
+        torch.cuda.set_device(place)
     if grouped:
         on_cuda = place.type == "cuda"
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE, device_id=place if on_cuda else None)
@@ -99,8 +108,14 @@ def stop() -> None:
 
 
 def seed_of(*numbers: int) -> int:
-    """One 63-bit seed from several whole numbers >= 0 (seed, rank, iteration, ...), well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """One 63-bit seed from several whole numbers >= 0 (seed, iteration, rank, ...), well mixed."""
+    entropy = (len(numbers), *numbers)  # with the length, since zeros at the end would make no difference
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For a DataLoader's `worker_init_fn`: Ctrl-C reaches the workers as well, and the run still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -113,19 +128,3 @@ def stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def _device(name: str | None, local_rank: int | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device PyTorch knows; use cpu, cuda or cuda:0") from error
-    if device.type != "cuda":
-        return device
-    count = torch.cuda.device_count()
-    index = (device.index or 0) if local_rank is None else local_rank
-    if index >= count:
-        raise UserError(f"CUDA device {index} was asked for, and this machine has {count}; "
-                        "use --device cpu or start fewer processes")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)

@@ -1,18 +1,35 @@
 """A user's mistake: one sentence on stderr, exit status 2, no traceback."""
+import os
 import sys
+import time
 from collections.abc import Callable
+
+HEAD_START = 5  # seconds that rank 0 has to report a mistake before another rank does
 
 
 class UserError(Exception):
     """Something the user can mend; the message says what is wrong and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong in a few words: the operating system's where it is from there, else the message's first line."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return reason.strip().partition("\n")[0] or type(error).__name__
+
+
 def run(main: Callable[[], None], *also: type[Exception]) -> None:
-    """Call `main`; turn a UserError, or one of the exceptions `also`, into its message and exit status 2."""
+    """Call `main`; turn a UserError, or one of the exceptions `also`, into its message and exit status 2.
+
+    Of several processes, rank 0 speaks at once. Another rank waits a little and then says which it is: where the
+    mistake is common to all, `torch.distributed.run` ends that rank before it repeats what rank 0 has said.
+    """
     try:
         main()
     except (UserError, *also) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(HEAD_START)
+        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
