@@ -8,7 +8,8 @@ import torch
 from model.operators import random_sampling_matrix
 from utils.errors import UserError
 from utils.evaluation import Result, evaluate, mean_scores, picture_operator
-from utils.testsets import Picture
+from utils.images import write_reconstruction
+from utils.testsets import Picture, load_testset
 
 
 def back_projection(y, operator):
@@ -72,6 +73,17 @@ def test_the_measurement_of_a_picture_does_not_depend_on_the_others():
     assert (together["b"] == alone["b"]).all()
     assert (together["a"] == reversed_order["a"]).all()
     assert (run(b, seed=1)["b"] != alone["b"]).any()
+
+
+def test_the_measurement_of_a_picture_does_not_depend_on_its_neighbours_names(tmp_path):
+    def first() -> np.ndarray:
+        pictures = load_testset("set", tmp_path)
+        return next(evaluate(back_projection, pictures, 0.3, block_size=8)).reconstruction
+    (tmp_path / "set").mkdir()
+    write_reconstruction(tmp_path / "set" / "a.bmp.png", picture("a").luminance)
+    alone = first()
+    write_reconstruction(tmp_path / "set" / "a.bmp.tif", picture("b").luminance)  # now both show their suffix
+    assert (first() == alone).all()
 
 
 def test_permutations_differ_by_name_and_seed_and_not_by_the_global_generator():

@@ -27,7 +27,9 @@ def test_names_stay_apart_where_only_the_suffix_differs(tmp_path):
     (tmp_path / "set").mkdir()
     for name in ("a.png", "a.tif", "b.png", "c.1.png"):
         grey(0).save(tmp_path / "set" / name)
-    assert [picture.name for picture in load_testset("set", tmp_path)] == ["a.png", "a.tif", "b", "c.1"]
+    pictures = load_testset("set", tmp_path)
+    assert [picture.name for picture in pictures] == ["a.png", "a.tif", "b", "c.1"]
+    assert [picture.file for picture in pictures] == ["a.png", "a.tif", "b.png", "c.1.png"]
 
 
 def test_the_samples_need_no_files(tmp_path, monkeypatch):
@@ -37,7 +39,7 @@ def test_the_samples_need_no_files(tmp_path, monkeypatch):
     assert all(picture.luminance.shape == (256, 256) for picture in pictures)
     samples = {picture.name: picture for picture in pictures}
     assert (samples["camera"].luminance == skimage.data.camera()[128:384, 128:384]).all()
-    assert samples["camera"].ycrcb is None
+    assert samples["camera"].ycrcb is None and samples["camera"].file == "camera.png"
     rgb = skimage.data.chelsea()[22:278, 97:353]
     assert np.abs(samples["chelsea"].luminance - rgb @ [0.299, 0.587, 0.114]).max() <= 0.51
     assert samples["chelsea"].ycrcb.shape == (256, 256, 3)

@@ -11,10 +11,10 @@ from utils.errors import UserError
 from utils.images import list_pictures, read_picture
 
 KNOWN_SETS = {
-    "Set11": "the 11 grey 256x256 and 512x512 images that ReconNet and ISTA-Net are tested on",
-    "CBSD68": "the 68 colour test images of the Berkeley segmentation data set",
-    "Urban100": "100 photographs of buildings from Huang et al. 2015 (SelfExSR), as 256x256 centre crops",
-    "DIV2K": "the 100 validation images of the NTIRE 2017 challenge on super-resolution, as 256x256 centre crops",
+    "Set11": "the 11 grey 256x256 and 512x512 images distributed with the code of ReconNet and ISTA-Net",
+    "CBSD68": "the 68 colour test images of DnCNN and FFDNet, from the Berkeley Segmentation Dataset (BSDS300)",
+    "Urban100": "256x256 centre crops of 100 photographs of buildings (Huang et al., CVPR 2015; project SelfExSR)",
+    "DIV2K": "256x256 centre crops of NTIRE 2017's 100 validation images (data.vision.ee.ethz.ch/cvl/DIV2K)",
 }
 # The photographs that scikit-image's package itself holds: nothing is downloaded.
 SAMPLES = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
@@ -29,6 +29,7 @@ class Picture:
     name: str  # the file's name without suffix; with it where another file of the set differs in the suffix alone
     luminance: np.ndarray  # uint8 (H, W)
     ycrcb: np.ndarray | None = None  # uint8 (H, W, 3); None for a grey picture
+    file: str | None = None  # the file's name with suffix, which does not depend on the other files of the set
 
 
 def load_testset(name: str, data_dir: str | os.PathLike = "data") -> list[Picture]:
@@ -46,14 +47,15 @@ def load_testset(name: str, data_dir: str | os.PathLike = "data") -> list[Pictur
     if not paths:
         raise UserError(f"{folder} holds no picture (PNG, TIFF, BMP or JPEG); put the test set's files there")
     stems = Counter(path.stem for path in paths)
-    return [Picture(path.stem if stems[path.stem] == 1 else path.name, *read_picture(path)) for path in paths]
+    return [Picture(path.stem if stems[path.stem] == 1 else path.name, *read_picture(path), path.name)
+            for path in paths]
 
 
 def _sample(file: str) -> Picture:
     luminance, ycrcb = read_picture(Path(skimage.__file__).parent / "data" / file)
     top, left = ((side - SAMPLE_SIZE) // 2 for side in luminance.shape)
     centre = np.s_[top:top + SAMPLE_SIZE, left:left + SAMPLE_SIZE]
-    return Picture(Path(file).stem, luminance[centre], None if ycrcb is None else ycrcb[centre])
+    return Picture(Path(file).stem, luminance[centre], None if ycrcb is None else ycrcb[centre], file)
 
 
 def _missing(name: str, folder: Path) -> str:
