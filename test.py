@@ -14,9 +14,13 @@ import torch
 from tqdm import tqdm
 
 from model import IDM, WeightsError
+from utils.devices import memory_suffices, open_device
 from utils.errors import UserError, run
 from utils.evaluation import PRECISIONS, Result, Scores, evaluate, mean_scores
-from utils.images import remove_former, write_reconstruction, write_whole
+from utils.files import make_folder, remove, write_whole
+from utils.flags import Parser, ratios, run_name, whole
+from utils.images import remove_former, write_reconstruction
+from utils.metrics import SSIM_WINDOW
 from utils.testsets import Picture, load_testset
 
 
@@ -36,13 +40,16 @@ def main() -> None:
             print(summary(scores[name, ratio], name, ratio), flush=True)
     if len(scores) > 1:
         print(table(scores))
+        if len(set(weights.values())) > 1:
+            print("\n".join(f"{100 * ratio:.10g} %: {path}" for ratio, path in weights.items()))
 
 
 def test(net: IDM, name: str, pictures: list[Picture], ratio: float, device: torch.device,
          args: argparse.Namespace) -> list[Result]:
     """Reconstruct one test set at one ratio; write each picture and, at the end, the scores."""
     folder = Path(args.result_dir) / name / f"{100 * ratio:.10g}"
-    make_folder(folder)
+    make_folder(folder, "--result_dir")
+    remove(folder / "scores.csv")  # of a former run: were this one cut short, they would mislead
     stream = evaluate(net, pictures, ratio, args.block_size, args.seed, device, args.precision,
                       net.size_multiple)
     results = []
@@ -54,6 +61,9 @@ def test(net: IDM, name: str, pictures: list[Picture], ratio: float, device: tor
         sys.stdout.flush()
         if math.isnan(result.psnr):
             tqdm.write(f"warning: the reconstruction of {result.name} is not finite", file=sys.stderr)
+        elif math.isnan(result.ssim):
+            tqdm.write(f"note: {result.name} is smaller than SSIM's window of {SSIM_WINDOW}x{SSIM_WINDOW}, so that its "
+                       "SSIM and the set's average are nan", file=sys.stderr)
         file = f"{result.name}_PSNR_{result.psnr:.2f}_SSIM_{result.ssim:.4f}.png"
         write_reconstruction(folder / file, result.reconstruction, picture.ycrcb)
         remove_former(folder, result.name, keep=file)
@@ -62,19 +72,19 @@ def test(net: IDM, name: str, pictures: list[Picture], ratio: float, device: tor
 
 
 def find_weights(args: argparse.Namespace, ratio: float) -> Path:
-    """The file or folder that --weights names; else the published file of this ratio; else the compact weights."""
+    """What --weights names; else the published file of this ratio, or train.py's folder; else the compact weights."""
     if args.weights is not None:
         if not Path(args.weights).exists():
             raise UserError(f"--weights names {args.weights}, which does not exist")
         return Path(args.weights)
     model_dir = Path(args.model_dir)
-    published = (model_dir / f"R_{ratio:.2f}_T_{args.step_number or 3}_B_{args.block_size}"
-                 / f"net_params_{args.epoch}.pkl")
-    others = sorted(path.name for path in published.parent.glob("net_params_*.pkl"))
+    folder = model_dir / run_name([ratio], args.step_number, args.block_size)
+    published = folder / f"net_params_{args.epoch}.pkl"
+    others = sorted(path.name for path in folder.glob("net_params_*.pkl"))
     if others and not published.exists():  # never fall back silently to other weights than those being trained
-        raise UserError(f"{published.parent} holds {', '.join(others)}, but not {published.name}; choose an --epoch")
+        raise UserError(f"{folder} holds {', '.join(others)}, but not {published.name}; choose an --epoch")
     compact = (model_dir / "compact", Path(__file__).resolve().parent / "weight" / "compact")
-    for path in (published, *compact):
+    for path in (published, folder / "pretrained", *compact):
         if path.exists():
             return path
     raise UserError(f"there are no weights for ratio {ratio:g}: neither {published} nor {compact[0]} exists; "
@@ -86,31 +96,10 @@ def load_network(path: Path, args: argparse.Namespace, device: torch.device) -> 
     net = IDM.from_checkpoint(path).eval()
     parameters, steps = sum(p.numel() for p in net.parameters()), net.config.num_steps
     print(f"{path}: {parameters:,} parameters, T = {steps}, on {device} in {args.precision}", flush=True)
-    if args.step_number not in (None, steps):
+    if args.step_number != steps:
         print(f"these weights are for T = {steps}; --step_number {args.step_number} does not apply", flush=True)
-    try:
+    with memory_suffices(f"for the network on {device}; choose another --device"):
         return net.to(device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"there is not enough memory for the network on {device}; choose another --device") from error
-
-
-def open_device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # which, depends on how PyTorch was built
-        raise UserError(f"--device {name} cannot be used on this machine; leave it out, or say cpu") from error
-    return device
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results, without the scores of a former run: were this one cut short, they would mislead."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "scores.csv").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --result_dir") from error
 
 
 def write_scores(path: Path, results: list[Result]) -> None:
@@ -138,16 +127,11 @@ def table(scores: dict[tuple[str, float], Scores]) -> str:
     return "\n" + "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--epoch", type=whole(0), default=50, help="which of the saved epochs to load")
-    add("--step_number", type=whole(1), help="T, the sampling steps of the weights to load; 3 where not given")
+    add("--step_number", type=whole(1), default=3, help="T, the sampling steps of the weights to load")
     add("--cs_ratio", type=ratios, default="0.1", help="M / N in (0, 1]; several as 0.1/0.3/0.5")
     add("--block_size", type=whole(1), default=32, help="B: rows of B² pixels are measured by themselves")
     add("--model_dir", default="weight", help="folder of the weights")
@@ -160,25 +144,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, default="fp32", help="what the network computes in")
     add("--seed", type=whole(0), default=2025, help="of the sampling matrix and the permutations")
     return parser.parse_args()
-
-
-def whole(least: int):
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
-        return int(text)
-    return parse
-
-
-def ratios(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in re.split("[/,]", text)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, or several as 0.1/0.3/0.5, not {text}") from None
-    for value in values:
-        if not 0 < value <= 1:
-            raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {value:g}")
-    return list(dict.fromkeys(values))
 
 
 def names(text: str) -> list[str]:

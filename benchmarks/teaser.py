@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import IDM  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
-from utils.images import write_whole  # noqa: E402
+from utils.files import write_whole  # noqa: E402
 from utils.testsets import Picture, load_testset  # noqa: E402
 
 RATIOS = (0.1, 0.3, 0.5)
@@ -48,7 +48,9 @@ def row(net: IDM, picture: Picture) -> np.ndarray:
 
 
 def colour(picture: Picture, luminance: np.ndarray) -> np.ndarray:
-    """BGR of a luminance in [0, 255], with the photograph's own colours."""
+    """BGR of a luminance in [0, 255], with the photograph's own colours, if it has any."""
+    if picture.ycrcb is None:
+        return cv2.cvtColor(np.rint(luminance).astype(np.uint8), cv2.COLOR_GRAY2BGR)
     ycrcb = picture.ycrcb.copy()
     ycrcb[..., 0] = np.rint(luminance)
     return cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2BGR)

@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,9 @@ def test_scores_are_those_of_the_written_pictures(place, tmp_path):
                              "--result_dir", tmp_path, "--step_number", "3", "--block_size", "8"],
                             cwd=place, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
-    assert "it/s" not in result.stderr  # no bar where stderr is not a terminal
+    # No bar where stderr is not a terminal.
+    assert result.stderr == ("note: tiny is smaller than SSIM's window of 7x7, so that its SSIM and the set's average "
+                             "are nan\n")
     lines = result.stdout.splitlines()
     parameters = sum(p.numel() for p in IDM.from_pretrained(place / "weight" / "compact").parameters())
     assert lines[0] == f"{Path('weight/compact')}: {parameters:,} parameters, T = 1, on cpu in fp32"
@@ -103,7 +106,7 @@ def test_several_sets_and_ratios_end_with_a_table(place, tmp_path, monkeypatch, 
     stale.write_bytes(b"of a former run")
     call(monkeypatch, place, "--testset_name", "set/other", "--cs_ratio", "0.025,0.5", "--block_size", "8",
          "--result_dir", str(tmp_path))
-    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()  # one file served both ratios, so nothing is below
     assert re.split("  +", table[0])[1:] == ["2.5 %", "50 %"]
     for line, name in zip(table[1:], ("set", "other"), strict=True):
         cells = re.split("  +", line)
@@ -130,6 +133,27 @@ def test_published_weights_come_first_and_reconstruct_the_same(place, tmp_path, 
     assert {name: row[:2] for name, row in a.items()} == {name: row[:2] for name, row in b.items()}
 
 
+def test_a_table_of_different_weights_says_which(place, tmp_path, monkeypatch, capsys):
+    """Ratios take the published file, the folder that train.py leaves, or the compact weights, but never another's."""
+    models = tmp_path / "weight"
+    shutil.copytree(place / "published" / "R_0.10_T_1_B_8", models / "R_0.10_T_1_B_8")
+    shutil.copytree(place / "weight" / "compact", models / "R_0.30_T_1_B_8" / "pretrained")
+    shutil.copytree(place / "weight" / "compact", models / "compact")
+    call(monkeypatch, place, "--testset_name", "other", "--cs_ratio", "0.1/0.104/0.3", "--block_size", "8",
+         "--step_number", "1", "--model_dir", str(models), "--result_dir", str(tmp_path / "result"))
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"10 %: {models / 'R_0.10_T_1_B_8' / 'net_params_50.pkl'}",
+        f"10.4 %: {models / 'compact'}",
+        f"30 %: {models / 'R_0.30_T_1_B_8' / 'pretrained'}"]
+
+
+def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
+    for step_number, noted in (([], True), (["--step_number", "1"], False)):  # these are of T = 1; 3 is the default
+        monkeypatch.setattr(sys, "argv", ["test.py", *step_number])
+        script.load_network(place / "weight" / "compact", script.parse_arguments(), torch.device("cpu"))
+        assert ("--step_number 3 does not apply" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--cs_ratio", "0"], "(0, 1], not 0"),
     (["--cs_ratio", "0.1/1.5"], "(0, 1], not 1.5"),
@@ -143,6 +167,7 @@ def test_published_weights_come_first_and_reconstruct_the_same(place, tmp_path, 
     (["--no_such_flag"], "--no_such_flag"),
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--device", "abacus"], "--device abacus"),
+    (["--device", "meta"], "--device meta"),
     (["--testset_name", "absent"], "absent"),
     (["--testset_name", ".."], ".."),
     (["--testset_name", "Urban100"], "Huang"),

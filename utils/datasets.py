@@ -66,7 +66,7 @@ class TrainingCrops(Dataset):
     def fingerprint(self) -> str:
         """Tells one collection of pictures from another by their number, names and sizes."""
         listing = [f"{name} {picture.shape}" for name, picture in zip(self.names, self.pictures, strict=True)]
-        checksum = zlib.crc32("\n".join(listing).encode())
+        checksum = zlib.crc32("\n".join(listing).encode(errors="surrogateescape"))
         return f"{len(listing)} (names and sizes {checksum:08x})"
 
 

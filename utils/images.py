@@ -1,8 +1,6 @@
 """Pictures in and out: reading into luminance and colour, writing reconstructions, padding (paper, section 4.1)."""
 import os
 import re
-import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import write_whole
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # Of a file that starts so, what a whole one also holds: some decoders fill in what a truncated file lacks.
@@ -23,13 +22,20 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 def list_pictures(folder: str | os.PathLike) -> list[Path]:
     """The picture files in `folder`, told by suffix and sorted by name; hidden files and all else are ignored.
 
-    Raises UserError where the folder cannot be listed.
+    Raises UserError where the folder cannot be listed, or a picture's name is not valid UTF-8.
     """
     try:
-        return sorted(path for path in Path(folder).iterdir()
-                      if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+        paths = sorted(path for path in Path(folder).iterdir()
+                       if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
     except OSError as error:
         raise UserError(f"cannot list {folder}: {error.strerror}") from error
+    for path in paths:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(path.name).decode(errors="backslashreplace")
+            raise UserError(f"the name of the picture {shown} in {folder} is not valid UTF-8; rename it") from error
+    return paths
 
 
 def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
@@ -80,20 +86,6 @@ def remove_former(folder: str | os.PathLike, name: str, keep: str) -> None:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove a former result from {folder}: {error.strerror}") from error
-
-
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file whole or not at all: beside its place first, then renamed. Raises UserError where it cannot."""
-    path = Path(path)
-    part = path.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

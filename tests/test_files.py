@@ -1,0 +1,85 @@
+"""Files and folders are whole or not there, whatever fails in the middle of writing."""
+import os
+
+import pytest
+from safetensors import SafetensorError
+
+from utils.errors import UserError
+from utils.files import append_line, make_folder, remove, write_whole, write_whole_folder
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, os.strerror(28))
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch, name):
+    write_whole(tmp_path / "a.png", b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, full_disk)
+        with pytest.raises(UserError, match=r"a\.png.*No space left"):
+            write_whole(tmp_path / "a.png", b"after")
+    assert os.listdir(tmp_path) == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"before"
+    write_whole(tmp_path / "a.png", lambda file: file.write(b"after"))
+    assert os.listdir(tmp_path) == ["a.png"] and (tmp_path / "a.png").read_bytes() == b"after"
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    write_whole(tmp_path / ("ü" * 127), b"1")
+    write_whole(tmp_path / ("n" * 255), b"2")
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"1", b"2"}
+
+
+def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for write in (lambda path: write_whole(path, b""), lambda path: append_line(path, "a line"), remove):
+        with pytest.raises(UserError, match="cannot write .*log.txt"):
+            write(tmp_path / "file" / "log.txt")
+    for folder, reason in (("file", "it is a file"), ("file/below", "Not a directory")):
+        with pytest.raises(UserError, match=f"cannot write into .*{reason}.*choose another --log_dir"):
+            make_folder(tmp_path / folder, "--log_dir")
+
+
+def test_a_folder_that_cannot_be_written_into_is_found_out_at_once(tmp_path, monkeypatch):
+    make_folder(tmp_path / "new" / "one", "--log_dir")
+    assert os.listdir(tmp_path / "new" / "one") == []
+    monkeypatch.setattr("tempfile.TemporaryFile", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        make_folder(tmp_path / "new" / "one", "--log_dir")
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    folder = tmp_path / "pretrained"
+    write_whole_folder(folder, lambda place: (place / "first").write_text("1"))
+
+    def fail(place):
+        (place / "second").write_text("2")
+        raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        write_whole_folder(folder, fail)
+    assert os.listdir(folder) == ["first"]
+    write_whole_folder(folder, lambda place: (place / "second").write_text("2"))
+    assert os.listdir(folder) == ["second"] and os.listdir(tmp_path) == ["pretrained"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "pretrained", os.replace
+    write_whole_folder(folder, lambda place: (place / "first").write_text("1"))
+
+    def fail(source, target):
+        if str(source).endswith(".partial"):
+            full_disk()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="No space left"):
+        write_whole_folder(folder, lambda place: (place / "second").write_text("2"))
+    assert os.listdir(folder) == ["first"]
+
+
+def test_a_log_grows_line_by_line(tmp_path):
+    log = tmp_path / "log" / "run.txt"
+    append_line(log, "[01/50] loss: 0.0312")
+    append_line(log, "[02/50] loss: 0.0300")
+    assert log.read_text() == "[01/50] loss: 0.0312\n[02/50] loss: 0.0300\n"

@@ -1,0 +1,54 @@
+"""What the flags of both command lines have in common: types, names, and mistakes that are one sentence."""
+import argparse
+import re
+from collections.abc import Callable
+
+from utils.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose complaints are a UserError instead of a page about all flags."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of a flag whose values are whole numbers from `least` on."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
+        return int(text)
+    return parse
+
+
+def positive(text: str) -> float:
+    """The type of a flag whose values are finite numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+def ratios(text: str) -> list[float]:
+    """The type of --cs_ratio: one ratio M/N in (0, 1], or several, each once and in the order given."""
+    try:
+        values = [float(part) for part in re.split("[/,]", text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, or several as 0.1/0.3/0.5, not {text}") from None
+    for value in values:
+        if not 0 < value <= 1:
+            raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {value:g}")
+    return list(dict.fromkeys(values))
+
+
+def run_name(cs_ratio: list[float], step_number: int, block_size: int) -> str:
+    """Of a folder of weights, as published: R_0.10_T_3_B_32.
+
+    A ratio that two decimals do not hold is written in full, so that it never passes for another one.
+    """
+    parts = (f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.10g}" for ratio in cs_ratio)
+    return f"R_{'-'.join(parts)}_T_{step_number}_B_{block_size}"
