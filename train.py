@@ -15,27 +15,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model import IDM, BlockCompressedSensing, WeightsError
-from model.operators import random_sampling_matrix
-from utils import distributed, errors, training_state
+from utils import distributed, errors, files, training_state
 from utils.datasets import TrainingCrops
+from utils.devices import memory_suffices
 from utils.errors import UserError
-from utils.evaluation import PRECISIONS, Scores, evaluate, mean_scores
+from utils.evaluation import PRECISIONS, evaluate, mean_scores
+from utils.learning_rate import learning_rate
+from utils.sampling import sampling_matrix
 from utils.testsets import Picture, load_testset
-from utils.training_options import configuration, parse_args, run_name
+from utils.training_options import configuration, parse_args
+from utils.training_state import Progress
 
-HALVE_AFTER = (10, 20, 30, 40)  # epochs
 GIVE_UP_AFTER = 10  # iterations in a row without a finite loss
-
-
-@dataclass
-class Progress:
-    """How far a run is; an epoch's mean loss is over the iterations that were not skipped."""
-
-    iteration: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
 
 
 @dataclass
@@ -60,17 +51,17 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.args.model_dir / run_name(self.args)
+        return self.args.model_dir / self.args.run_name
 
     @property
     def log(self) -> Path:
-        return self.args.log_dir / f"{run_name(self.args)}.txt"
+        return self.args.log_dir / f"{self.args.run_name}.txt"
 
     def report(self, line: str) -> None:
         """Print and log one line, on rank 0."""
         self.process.print(line)
         if self.process.is_main:
-            training_state.append_line(self.log, line)
+            files.append_line(self.log, line)
 
 
 def main() -> None:
@@ -85,17 +76,21 @@ def main() -> None:
 def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     """Read the pictures; build the network, or take up the run that `--resume` finds."""
     args.precision = args.precision or ("fp16" if process.device.type == "cuda" else "fp32")
-    folder = args.model_dir / run_name(args)
+    folder = args.model_dir / args.run_name
     state_path = folder / "state.pt"
     state = training_state.load_state(state_path) if args.resume and state_path.exists() else None
-    if state is None and (state_path.exists() or any(folder.glob("net_params_*.pkl"))):
+    if state is None and (state_path.exists() or training_state.holds_checkpoint(folder)):
         way = "add --resume to go on with it" if state_path.exists() else "it left no state to resume from"
         raise UserError(f"{folder} holds an earlier run; {way}, or train into another --model_dir")
     crops = TrainingCrops(args.train_dir, args.patch_size, args.seed, process.rank)
+    if process.is_main:
+        files.make_folder(folder, "--model_dir")
+        files.make_folder(args.log_dir, "--log_dir")
     net = IDM(**state["network"]) if state else build_network(args, process)
     if args.patch_size % (multiple := math.lcm(args.block_size, net.size_multiple)):
         raise UserError(f"--patch_size must be a multiple of {multiple} here, not {args.patch_size}")
-    net.to(process.device).invertible = args.invertible
+    with memory_suffices(f"for the network on {process.device}; choose another --device"):
+        net.to(process.device).invertible = args.invertible
     run = Run(args, process, crops, net, torch.optim.Adam(net.parameters(), lr=args.learning_rate),
               torch.amp.GradScaler(process.device.type, enabled=args.precision == "fp16"))
     if state:
@@ -132,9 +127,10 @@ def holds_idm(path: Path) -> bool:
     if not description.is_file():
         return path.suffix == ".pkl"
     try:
-        return json.loads(description.read_text(encoding="utf-8")).get("_class_name") == "IDM"
-    except ValueError:
+        config = json.loads(description.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and config.get("_class_name") == "IDM"
 
 
 def describe(run: Run) -> None:
@@ -164,10 +160,8 @@ def train(run: Run) -> None:
         return
     testset = open_testset(run)
     model = process.wrap(run.net.train())
-    matrices = {}  # Φ for each ratio; the same seed makes the lower one's the beginning of the higher one's
-    for ratio in args.cs_ratio:
-        phi = torch.Generator().manual_seed(args.seed + process.rank)
-        matrices[ratio] = random_sampling_matrix(ratio, args.block_size, phi).to(process.device)
+    matrices = {ratio: sampling_matrix(ratio, args.block_size, args.seed + process.rank).to(process.device)
+                for ratio in args.cs_ratio}
     numbers = range(progress.iteration * args.batch_size, run.last_iteration * args.batch_size)
     batches = iter(DataLoader(run.crops, args.batch_size, sampler=numbers, num_workers=args.num_workers,
                               pin_memory=process.device.type == "cuda"))
@@ -196,12 +190,14 @@ def train_epoch(
     with tqdm(total=length, initial=done, desc=f"[{epoch + 1:02d}/{args.epoch}]", leave=False,
               disable=None if process.is_main else True) as bar:
         for _ in range(done, length):
-            loss = backward(run, model, matrices, next(batches))
             save_due = process.is_main and time.monotonic() - saved > 60 * args.save_minutes
-            # One small all-reduce and one wait for the device; all ranks read the same and act alike.
-            loss, norm, stop, save_due = process.sum(
-                [loss / process.world_size, gradient_norm(run), stop_asked.is_set(), save_due])
-            update(run, loss, math.isfinite(loss) and math.isfinite(norm))
+            with memory_suffices("for a training step: choose a smaller --batch_size or --patch_size, or "
+                                 "--invertible both"):
+                loss = backward(run, model, matrices, next(batches))
+                # One small all-reduce and one wait for the device; all ranks read the same and act alike.
+                loss, norm, stop, save_due = process.sum(
+                    [loss / process.world_size, gradient_norm(run), stop_asked.is_set(), save_due])
+                update(run, loss, math.isfinite(loss) and math.isfinite(norm))
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
             if stop:
@@ -264,17 +260,6 @@ def update(run: Run, loss: float, finite: bool) -> None:
     progress.iteration += 1
 
 
-def learning_rate(args: argparse.Namespace, iteration: int) -> float:
-    """Of an iteration, counted from 0."""
-    if args.lr_schedule == "step":
-        return args.learning_rate * 0.5 ** sum(iteration // args.iters_per_epoch >= epoch for epoch in HALVE_AFTER)
-    total = args.epoch * args.iters_per_epoch
-    warm_up = math.ceil(0.02 * total)
-    if iteration < warm_up:
-        return args.learning_rate * (iteration + 1) / warm_up
-    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (iteration - warm_up) / (total - warm_up)))
-
-
 def finish_epoch(run: Run, testset: list[Picture], started: float, first: int) -> None:
     """Report, save and test after an epoch, or after the part of one that `--max_iters` leaves."""
     args, progress = run.args, run.progress
@@ -288,12 +273,12 @@ def finish_epoch(run: Run, testset: list[Picture], started: float, first: int) -
                f"{images / seconds:.1f} images/s, {seconds:.0f} s{skipped}")
     if progress.iteration % args.iters_per_epoch == 0:
         progress.loss_sum, progress.loss_count = 0.0, 0
-    if run.process.is_main and (epoch % args.save_interval == 0 or progress.iteration == run.last_iteration):
-        save_checkpoint(run.net, run.folder, epoch)
+    due = epoch % args.save_interval == 0 or progress.iteration == run.last_iteration
+    if run.process.is_main and due:
+        training_state.save_checkpoint(run.net, run.folder, epoch)
     save_state(run)  # after the checkpoint: what a state counts as done is all there
     for ratio in args.cs_ratio if testset else []:
-        scores = test(run, testset, ratio)
-        run.report(f"{label} {args.testset_name}, ratio {ratio:g}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
+        run.report(f"{label} {args.testset_name}, ratio {ratio:g}: {test(run, testset, ratio)}")
 
 
 def open_testset(run: Run) -> list[Picture]:
@@ -307,14 +292,14 @@ def open_testset(run: Run) -> list[Picture]:
         return []
 
 
-def test(run: Run, testset: list[Picture], ratio: float) -> Scores:
+def test(run: Run, testset: list[Picture], ratio: float) -> str:
     """Average scores of the network as it is."""
     args = run.args
     run.net.eval()
     scores = mean_scores(evaluate(run.net, testset, ratio, args.block_size, args.seed, run.process.device,
                                   args.precision, run.net.size_multiple))
     run.net.train()
-    return scores
+    return f"PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}"
 
 
 def save_state(run: Run) -> None:
@@ -330,15 +315,6 @@ def save_state(run: Run) -> None:
             "progress": asdict(run.progress),
             "random": random,
         })
-
-
-def save_checkpoint(net: IDM, folder: Path, epoch: int) -> None:
-    """The weights in the published format, and as a folder for `IDM.from_pretrained`."""
-    on_cpu: dict[int, Tensor] = {}  # what has two names is stored once
-    weights = {name: on_cpu.setdefault(tensor.data_ptr(), tensor.cpu())
-               for name, tensor in net.official_state_dict().items()}
-    training_state.save_atomically(weights, folder / f"net_params_{epoch}.pkl")
-    training_state.save_folder_atomically(net.save_pretrained, folder / "pretrained")
 
 
 if __name__ == "__main__":

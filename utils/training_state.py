@@ -1,21 +1,31 @@
-"""Files a training run leaves behind, each whole or not there: its state, its checkpoints, its log."""
-import os
+"""What a training run leaves in its folder: checkpoints, and the state from which it goes on as if never stopped."""
 import pickle
 import random
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
+from utils.files import write_whole, write_whole_folder
 
 _PARTS = {"network", "model", "optimizer", "scaler", "progress", "random", "configuration"}
+_PUBLISHED_HEADS = 8  # attention heads leave no trace in the published format, which is always read as having these
+
+
+@dataclass
+class Progress:
+    """How far a run is; an epoch's mean loss is over the iterations that were not skipped."""
+
+    iteration: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -26,7 +36,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     if missing := _PARTS - state.keys():
         raise ValueError(f"a training state needs {', '.join(sorted(missing))} as well")
-    save_atomically(state, path)
+    try:
+        write_whole(path, lambda file: torch.save(state, file))
+    except UserError as error:
+        raise UserError(f"{error}, then go on with --resume") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -41,7 +54,7 @@ def load_state(path: Path) -> dict[str, Any]:
         if damaged is None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a whole training state ({_first_line(error)}); "
+        raise UserError(f"{path} is not a whole training state ({first_line(error)}); "
                         "remove it to start again") from error
     if damaged is not None:
         raise UserError(f"{path} is damaged (wrong checksum of {damaged}); remove it to start again")
@@ -84,87 +97,24 @@ def restore_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def save_atomically(thing: Any, path: Path) -> None:
-    """torch.save to `path`, such that a reader finds the old file or the new one and never a part.
+def save_checkpoint(
+    net: nn.Module,  # an IDM
+    folder: Path,  # of the run
+    epoch: int,
+) -> None:
+    """The weights as a folder `pretrained`, and as net_params_EPOCH.pkl where the published format can hold them.
 
     Raises:
-        UserError: where it cannot be written; the file at `path` is then what it was.
+        UserError: where they cannot be written.
     """
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_beside(path, lambda file: torch.save(thing, file))
+    if net.config.num_attention_heads == _PUBLISHED_HEADS:
+        on_cpu: dict[int, Tensor] = {}  # what has two names is stored once
+        weights = {name: on_cpu.setdefault(tensor.data_ptr(), tensor.cpu())
+                   for name, tensor in net.official_state_dict().items()}
+        write_whole(folder / f"net_params_{epoch}.pkl", lambda file: torch.save(weights, file))
+    write_whole_folder(folder / "pretrained", net.save_pretrained)
 
 
-def save_folder_atomically(write: Callable[[Path], None], folder: Path) -> None:
-    """Let `write` fill a new folder, and put it in the place of `folder` once it is full.
-
-    Raises:
-        UserError: where it cannot be written; the old folder is then what it was.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    with _explained(folder):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            for path in partial.rglob("*"):
-                _sync(path)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(partial, folder)
-        finally:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a log, on the disk when this returns.
-
-    Raises:
-        UserError: where it cannot be written.
-    """
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _write_beside(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync(path.parent)  # the new name must be on the disk as well
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
-        raise UserError(f"cannot write {path} ({_first_line(error)}); see that the disk has room and the folder can be "
-                        "written, then continue with --resume") from error
-
-
-def _first_line(error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return reason.partition("\n")[0] or type(error).__name__
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a run, or somebody who put published weights there, has left a checkpoint in `folder`."""
+    return (folder / "pretrained").exists() or any(folder.glob("net_params_*.pkl"))
