@@ -26,7 +26,7 @@ from utils.testsets import Picture, load_testset
 from utils.training_options import configuration, parse_args
 from utils.training_state import Progress
 
-GIVE_UP_AFTER = 10  # iterations in a row without a finite loss
+GIVE_UP_AFTER = 10  # iterations in a row that were skipped; a gradient scaler's start at 65536 is then down to 64
 
 
 @dataclass
@@ -79,6 +79,10 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     folder = args.model_dir / args.run_name
     state_path = folder / "state.pt"
     state = training_state.load_state(state_path) if args.resume and state_path.exists() else None
+    done = process.of_all(state["progress"]["iteration"] if state else 0)
+    if len(set(done)) > 1:
+        raise UserError(f"the processes would go on from different iterations ({min(done):.0f} to {max(done):.0f}); "
+                        "--model_dir must be one folder that all machines share")
     if state is None and (state_path.exists() or training_state.holds_checkpoint(folder)):
         way = "add --resume to go on with it" if state_path.exists() else "it left no state to resume from"
         raise UserError(f"{folder} holds an earlier run; {way}, or train into another --model_dir")
@@ -164,6 +168,7 @@ def train(run: Run) -> None:
                 for ratio in args.cs_ratio}
     numbers = range(progress.iteration * args.batch_size, run.last_iteration * args.batch_size)
     batches = iter(DataLoader(run.crops, args.batch_size, sampler=numbers, num_workers=args.num_workers,
+                              worker_init_fn=distributed.ignore_interrupts,
                               pin_memory=process.device.type == "cuda"))
     with distributed.stop_on_signal() as stop_asked:
         while progress.iteration < run.last_iteration:
@@ -243,8 +248,11 @@ def update(run: Run, loss: float, finite: bool) -> None:
     if finite:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.args, progress.iteration)
+        scale = run.scaler.get_scale()
         run.scaler.step(run.optimizer)
         run.scaler.update()
+        finite = run.scaler.get_scale() >= scale  # a gradient that overflowed has lowered it, and made no step
+    if finite:
         progress.loss_sum += loss
         progress.loss_count += 1
         progress.skipped_in_a_row = 0
@@ -273,7 +281,8 @@ def finish_epoch(run: Run, testset: list[Picture], started: float, first: int) -
                f"{images / seconds:.1f} images/s, {seconds:.0f} s{skipped}")
     if progress.iteration % args.iters_per_epoch == 0:
         progress.loss_sum, progress.loss_count = 0.0, 0
-    due = epoch % args.save_interval == 0 or progress.iteration == run.last_iteration
+    # Where an epoch was taken up in its middle, --max_iters may have left a checkpoint of its first part.
+    due = epoch % args.save_interval == 0 or progress.iteration == run.last_iteration or first % args.iters_per_epoch
     if run.process.is_main and due:
         training_state.save_checkpoint(run.net, run.folder, epoch)
     save_state(run)  # after the checkpoint: what a state counts as done is all there
@@ -293,12 +302,16 @@ def open_testset(run: Run) -> list[Picture]:
 
 
 def test(run: Run, testset: list[Picture], ratio: float) -> str:
-    """Average scores of the network as it is."""
+    """Average scores of the network as it is, or why there are none: a test does not end a training run."""
     args = run.args
     run.net.eval()
-    scores = mean_scores(evaluate(run.net, testset, ratio, args.block_size, args.seed, run.process.device,
-                                  args.precision, run.net.size_multiple))
-    run.net.train()
+    try:
+        scores = mean_scores(evaluate(run.net, testset, ratio, args.block_size, args.seed, run.process.device,
+                                      args.precision, run.net.size_multiple))
+    except UserError as error:
+        return f"test skipped: {error}"
+    finally:
+        run.net.train()
     return f"PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}"
 
 

@@ -1,6 +1,8 @@
 """The command line train.py from end to end, on crops of a few shipped pictures, and the mistakes a user can make."""
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ NAME = "R_0.10-0.50_T_2_B_16"
 FLAGS = ["--base_model", "compact", "--width", "32", "--shuffle", "4", "--step_number", "2", "--cs_ratio", "0.5,0.1",
          "--block_size", "16", "--patch_size", "32", "--batch_size", "2", "--epoch", "2", "--iters_per_epoch", "2",
          "--device", "cpu", "--testset_name", "Tiny"]
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,8 @@ def start(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
     return result.stdout
 
 
-def weights(place: Path, epoch: int = 2) -> dict[str, torch.Tensor]:
-    return torch.load(place / "weight" / NAME / f"net_params_{epoch}.pkl", weights_only=True)
+def weights(place: Path) -> dict[str, torch.Tensor]:
+    return IDM.from_pretrained(place / "weight" / NAME / "pretrained").state_dict()
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -72,10 +75,8 @@ def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
     assert all("Tiny, ratio 0." in line and "PSNR" in line for line in log[1:3])
     assert set(log) <= set(printed.splitlines())
     folder = place / "weight" / NAME
-    assert sorted(file.name for file in folder.iterdir()) == ["net_params_2.pkl", "pretrained", "state.pt"]
-    published = IDM.from_checkpoint(folder / "net_params_2.pkl")
+    assert sorted(file.name for file in folder.iterdir()) == ["pretrained", "state.pt"]  # of 1 head, so no .pkl
     own = IDM.from_checkpoint(folder / "pretrained")
-    assert same(own.state_dict(), published.state_dict())
     torch.manual_seed(2025)
     fresh = IDM.compact(width=32, num_steps=2, shuffle=4)
     moved = [name for name, tensor in own.state_dict().items() if not torch.equal(tensor, fresh.state_dict()[name])]
@@ -85,7 +86,7 @@ def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
 
 
 def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole, data, tmp_path):
-    start(*flags(data, tmp_path, "--max_iters", "3"))
+    start(*flags(data, tmp_path, "--max_iters", "3", "--invertible", "both"))
     assert not same(weights(tmp_path), weights(whole[0]))
     printed = start(*flags(data, tmp_path, "--resume", "--num_workers", "1"))
     assert "from iteration 3" in printed
@@ -97,8 +98,7 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole,
 
 
 def test_two_processes_train_one_model(whole, data, tmp_path):
-    printed = start(*flags(data, tmp_path), launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                                                      "2"))
+    printed = start(*flags(data, tmp_path), launcher=LAUNCHER)
     assert printed.count("[02/2] loss") == 1
     assert not same(weights(tmp_path), weights(whole[0]))
     state = torch.load(tmp_path / "weight" / NAME / "state.pt", weights_only=True)
@@ -142,7 +142,7 @@ def test_a_signal_in_the_last_iteration_lets_the_run_end(call, monkeypatch, tmp_
 
     monkeypatch.setattr(train, "backward", signalled)
     call("--max_iters", "1")
-    assert read_state(tmp_path)["progress"]["iteration"] == 1 and weights(tmp_path, epoch=1)
+    assert read_state(tmp_path)["progress"]["iteration"] == 1 and weights(tmp_path)
     call("--max_iters", "1", "--resume")
     assert capsys.readouterr().out.endswith("nothing is left to do\n")
 
@@ -186,12 +186,119 @@ def test_a_run_without_finite_losses_ends_and_keeps_its_state(call, monkeypatch,
     assert "[05/20] loss: nan" in capsys.readouterr().out
 
 
+def test_overflows_under_a_gradient_scaler_are_counted_and_end_the_run(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path)])
+    net = torch.nn.Linear(1, 1)
+    run = train.Run(train.parse_args(""), train.distributed.Process(0, 1, torch.device("cpu")), None, net,
+                    torch.optim.Adam(net.parameters()), torch.amp.GradScaler("cpu"))
+    run.scaler.scale(torch.ones(()))  # it is made by the first loss
+
+    def step(gradient: float) -> bool:
+        """Whether the weights have moved."""
+        before = net.weight.item()
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        train.update(run, 0.5, True)
+        return net.weight.item() != before
+
+    assert not any(step(math.inf) for _ in range(9))  # a start at 65536 may take a few halvings
+    assert run.scaler.get_scale() == 128 and (run.progress.skipped, run.progress.loss_count) == (9, 0)
+    assert step(1.0) and run.progress.skipped_in_a_row == 0
+    assert not any(step(math.inf) for _ in range(9))
+    with pytest.raises(SystemExit, match="no finite loss or gradient in 10 iterations in a row, up to iteration 20"):
+        step(math.inf)
+    assert (run.progress.skipped, run.progress.loss_count, run.progress.loss_sum) == (19, 1, 0.5)
+
+
+def test_a_checkpoint_of_part_of_an_epoch_is_replaced_by_the_whole_ones(call, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train.training_state, "save_checkpoint", lambda net, folder, epoch: saved.append(epoch))
+    call("--epoch", "3", "--max_iters", "1", "--testset_name", "none")
+    assert saved == [1]
+    call("--epoch", "3", "--resume", "--testset_name", "none")
+    assert saved == [1, 1, 3]  # of 10 epochs between checkpoints, 3 being the last
+
+
+def test_a_test_that_fails_is_skipped(call, monkeypatch, tmp_path, capsys):
+    modes = []
+
+    def exhausted(net, *_):
+        modes.append(net.training)
+        raise train.UserError("there is not enough memory to reconstruct camera")
+
+    def watched(run, *arguments):
+        modes.append(run.net.training)
+        return backward(run, *arguments)
+
+    backward = train.backward
+    monkeypatch.setattr(train, "evaluate", exhausted)
+    monkeypatch.setattr(train, "backward", watched)
+    call("--iters_per_epoch", "1")
+    assert modes == [True, False, False, True, False, False]  # two ratios after each of two epochs
+    log = (tmp_path / "log" / f"{NAME}.txt").read_text()
+    assert log.count("test skipped: there is not enough memory to reconstruct camera") == 4
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 34359738368 bytes."),
+])
+def test_a_step_without_enough_memory_says_what_to_do(call, monkeypatch, capsys, error):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(train, "backward", exhausted)
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ("error: there is not enough memory for a training step: choose a smaller "
+                                       "--batch_size or --patch_size, or --invertible both\n")
+
+
+def test_workers_outlive_ctrl_c(call, monkeypatch, tmp_path):
+    backward = train.backward
+
+    def interrupted(run, *arguments):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+        return backward(run, *arguments)
+
+    monkeypatch.setattr(train, "backward", interrupted)
+    call("--num_workers", "2", "--iters_per_epoch", "8", "--epoch", "1", "--testset_name", "none")
+    assert read_state(tmp_path)["progress"]["iteration"] == 8
+
+
+def test_processes_that_find_different_states_all_stop(whole, data, tmp_path):
+    """Each rank has a folder of its own here, and rank 1's holds no state; the mistake is printed once."""
+    shutil.copytree(whole[0] / "weight", tmp_path / "0" / "weight")
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv += ["--model_dir", {str(tmp_path)!r} + "/" + os.environ["RANK"] + "/weight"]
+import train
+train.errors.run(train.main)
+""")
+    result = subprocess.run([sys.executable, *LAUNCHER, str(script), *flags(data, tmp_path, "--resume")],
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "error: the processes would go on from different iterations (0 to 4); --model_dir must be" in result.stderr
+
+
 @pytest.mark.parametrize(("more", "sentence"), [
     (["--patch_size", "40"], "--patch_size must be a multiple of 16 here, not 40"),
     (["--patch_size", "27", "--block_size", "3"], "--patch_size must be a multiple of 24 here, not 27"),
-    (["--cs_ratio", "1.5"], "--cs_ratio must lie in (0, 1]"),
-    (["--cs_ratio", "ten"], "--cs_ratio ten is no list of numbers"),
-    (["--batch_size", "0"], "--batch_size must be above 0, not 0"),
+    (["--cs_ratio", "1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
+    (["--cs_ratio", "ten"], "--cs_ratio: must be a number, or several as 0.1/0.3/0.5, not ten"),
+    (["--batch_size", "0"], "--batch_size: must be a whole number of at least 1, not 0"),
+    (["--epoch", "ten"], "--epoch: must be a whole number of at least 1, not ten"),
+    (["--learning_rate", "nan"], "--learning_rate: must be a number above 0, not nan"),
+    (["--precision", "fp8"], "--precision: invalid choice: 'fp8'"),
+    (["--device", "meta"], "--device meta cannot be used"),
+    (["--device", "mps:9"], "--device mps:9 cannot be used"),
+    (["--model_dir", "/dev/null/weight"], "choose another --model_dir"),
+    (["--log_dir", "/dev/null"], "cannot write into /dev/null (it is a file); choose another --log_dir"),
     (["--train_dir", "nowhere"], "there is no folder nowhere"),
     (["--patch_size", "512"], "none of the 2 pictures"),
     (["--width", "30"], "--width 30"),
@@ -209,32 +316,43 @@ def test_a_users_mistake_is_one_sentence_and_status_2(call, capsys, more, senten
 def test_an_earlier_run_is_neither_overwritten_nor_continued_with_other_settings(call, whole, capsys):
     for more, sentence in [
         ([], "holds an earlier run; add --resume"),
-        (["--resume", "--batch_size", "4", "--invertible", "none"],
-         "batch_size was 2, is 4; invertible was both, is none"),
+        (["--resume", "--batch_size", "4", "--invertible", "none"],  # the latter may change
+         "is of a run with other settings: batch_size was 2, is 4; use the same"),
     ]:
         with pytest.raises(SystemExit) as ended:
             call(*more, place=whole[0])
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_published_checkpoints_in_the_runs_folder_are_not_overwritten(call, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["net_params_50.pkl", "pretrained"])
+def test_checkpoints_in_the_runs_folder_are_not_overwritten(call, tmp_path, capsys, name):
     folder = tmp_path / "weight" / NAME
     folder.mkdir(parents=True)
-    (folder / "net_params_50.pkl").write_bytes(b"published")
+    (folder / name).write_bytes(b"published")
     for more in ([], ["--resume"]):
         with pytest.raises(SystemExit):
             call(*more)
         assert "it left no state to resume from" in capsys.readouterr().err
-    assert (folder / "net_params_50.pkl").read_bytes() == b"published"
+    assert (folder / name).read_bytes() == b"published"
+
+
+def test_a_folder_with_an_odd_description_is_no_idm(tmp_path):
+    for description in ("[]", "null", "{", '{"_class_name": "UNet2DConditionModel"}'):
+        (tmp_path / "config.json").write_text(description)
+        assert not train.holds_idm(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "IDM"}')
+    assert train.holds_idm(tmp_path)
 
 
 def test_training_can_start_from_a_checkpoint(whole, data, tmp_path, monkeypatch):
-    for source in ("net_params_2.pkl", "pretrained"):
-        source = str(whole[0] / "weight" / NAME / source)
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path, "--base_model", source)])
+    published = IDM((32, 64), num_steps=2, shuffle=4)
+    torch.save(published.official_state_dict(), tmp_path / "net_params_2.pkl")
+    for source, expected in ((whole[0] / "weight" / NAME / "pretrained", weights(whole[0])),
+                             (tmp_path / "net_params_2.pkl", published.state_dict())):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path, "--base_model", str(source))])
         args = train.parse_args("")
         net = train.build_network(args, train.distributed.start("cpu"))
-        assert same(net.official_state_dict(), weights(whole[0]))
+        assert same(net.state_dict(), expected)
         args.step_number = 3
         with pytest.raises(train.UserError, match="use --step_number 2"):
             train.build_network(args, train.distributed.start("cpu"))
@@ -244,7 +362,7 @@ def test_learning_rates_are_the_published_ones_or_a_cosine(monkeypatch, data, tm
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = train.parse_args("")
     assert (args.epoch, args.learning_rate, args.batch_size, args.patch_size) == (50, 1e-4, 8, 256)
-    assert train.run_name(args) == "R_0.10_T_3_B_32"
+    assert args.run_name == "R_0.10_T_3_B_32"
     rates = [train.learning_rate(args, epoch * 1000) for epoch in range(50)]
     assert rates == [1e-4 * 0.5**(epoch // 10) for epoch in range(50)]
     assert train.learning_rate(args, 9_999) == 1e-4
