@@ -62,6 +62,16 @@ def synchronize(x: torch.Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
+def cpu_name() -> str:
+    """The CPU's model where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
 def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
     """Print the table and write it as JSON."""
     rows = {}
@@ -70,8 +80,8 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
         rows[setting] = {"seconds": round(statistics.median(times), 3),
                          "min": round(min(times), 3), "max": round(max(times), 3),
                          "times_none": round(statistics.median(ratios), 3)}
-    machine = {"device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor()
-               or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {"device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
+               "threads": torch.get_num_threads(), "torch": torch.__version__}
     settings = {name: value for name, value in vars(args).items() if name != "out"}
     args.out.write_text(json.dumps({"machine": machine, "settings": settings, "results": rows}, indent=1) + "\n")
     print(f"{machine}\n{settings}\n{'invertible':12}{'seconds':>10}{'min':>9}{'max':>9}{'x none':>9}")
