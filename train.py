@@ -167,10 +167,10 @@ def train(run: Run) -> None:
     matrices = {ratio: sampling_matrix(ratio, args.block_size, args.seed + process.rank).to(process.device)
                 for ratio in args.cs_ratio}
     numbers = range(progress.iteration * args.batch_size, run.last_iteration * args.batch_size)
-    batches = iter(DataLoader(run.crops, args.batch_size, sampler=numbers, num_workers=args.num_workers,
-                              worker_init_fn=distributed.ignore_interrupts,
-                              pin_memory=process.device.type == "cuda"))
+    loader = DataLoader(run.crops, args.batch_size, sampler=numbers, num_workers=args.num_workers,
+                        worker_init_fn=distributed.ignore_interrupts, pin_memory=process.device.type == "cuda")
     with distributed.stop_on_signal() as stop_asked:
+        batches = iter(loader)  # in here, so that Ctrl-C does not end a worker that is only starting
         while progress.iteration < run.last_iteration:
             start = time.monotonic(), progress.iteration
             if not train_epoch(run, model, matrices, batches, stop_asked):
