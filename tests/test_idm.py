@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.training_step import kept_bytes
 from model import IDM, BlockCompressedSensing, LinearOperator
 from model.idm import INVERTIBLE
 from model.injector import Injector
@@ -60,38 +61,25 @@ def test_two_models_in_two_threads():
     assert not failures
 
 
-def kept_bytes(net: IDM, side: int) -> int:
-    """What one forward pass keeps for backward, beside the weights and the operator, each storage once."""
+def kept(net: IDM, side: int) -> int:
     operator = BlockCompressedSensing.random((side, side), 0.25, 16, torch.Generator().manual_seed(0))
-    y = operator.A(torch.rand(1, 1, side, side))
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *operator.buffers(), y]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(y, operator)
-    return sum(kept.values())
+    return kept_bytes(net, operator, torch.rand(1, 1, side, side))
 
 
 def test_memory_grows_by_the_stored_images_alone():
     image = 64 * 64 * 4
-    few, many = (kept_bytes(IDM((32, 64), steps), 64) for steps in (1, 6))
+    few, many = (kept(IDM((32, 64), steps), 64) for steps in (1, 6))
     assert many - few <= 5 * image + 5 * 8 * 4  # five images, and a handful of scalars a step
     net = IDM((32, 64), 6)
     net.store_every = None
-    assert kept_bytes(net, 64) < few + 5 * 8 * 4  # pure inversion does not grow at all
+    assert kept(net, 64) < few + 5 * 8 * 4  # pure inversion does not grow at all
 
 
 def test_memory_is_under_a_tenth_of_plain_autograd():
     net = IDM((32, 64), 3)
-    both = kept_bytes(net, 128)
+    both = kept(net, 128)
     net.invertible = "none"
-    assert both < kept_bytes(net, 128) / 10
+    assert both < kept(net, 128) / 10
 
 
 def test_up_block_chain_inverts():
