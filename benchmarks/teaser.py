@@ -25,7 +25,7 @@ CAPTION = 26  # pixels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--pictures", default="astronaut,chelsea", help="of the Samples")
+    parser.add_argument("--pictures", default="chelsea,coffee", help="of the Samples")
     parser.add_argument("--weights", default=ROOT / "weight" / "compact")
     parser.add_argument("--out", type=Path, default=ROOT / "figs" / "teaser.png")
     args = parser.parse_args()
@@ -43,7 +43,7 @@ def row(net: IDM, picture: Picture) -> np.ndarray:
     tiles.append(caption(colour(picture, back.reconstruction), f"A'y at 10 %: {back.psnr:.2f} dB"))
     for ratio in RATIOS:
         (result,) = evaluate(net, [picture], ratio, size_multiple=net.size_multiple)
-        tiles.append(caption(colour(picture, result.reconstruction), f"IDM at {ratio:.0%}: {result.psnr:.2f} dB"))
+        tiles.append(caption(colour(picture, result.reconstruction), f"IDM at {100 * ratio:g} %: {result.psnr:.2f} dB"))
     return np.concatenate(tiles, axis=1)
 
 

@@ -68,12 +68,16 @@ class Golden:
             if name in seen or norm <= 1e-5:
                 continue
             seen.add(name)
-            gradient = parameter.grad.double().numpy()
+            gradient = parameter.grad.double().cpu().numpy()
             errors[f"{name} (norm)"] = abs(np.linalg.norm(gradient) - norm) / norm
             # A probe has unit variance, so its product with the gradient is of the gradient's norm.
             expected = self.grad_probe[name]
             errors[f"{name} (probe)"] = abs((gradient * probe(name, gradient.shape)).sum() - expected) / norm
         return errors
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+torch.backends.cudnn.allow_tf32 = False  # the numbers compared with are fp32's
 
 
 @pytest.fixture(params=["narrow_T3", "wide_T2_rect"])

@@ -10,19 +10,20 @@ from model import IDM, BlockCompressedSensing, LinearOperator
 from model.idm import INVERTIBLE
 from model.injector import Injector
 from model.schedule import LearnedSchedule
-from tests.conftest import Golden
+from tests.conftest import DEVICES, Golden
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("store_every", [1, None])
 @pytest.mark.parametrize("invertible", INVERTIBLE)
-def test_golden(golden: Golden, invertible: str, store_every: int | None):
-    net, operator = golden.network(), golden.operator()
+def test_golden(golden: Golden, invertible: str, store_every: int | None, device: str):
+    net, operator, x = golden.network().to(device), golden.operator().to(device), golden.x.to(device)
     net.invertible, net.store_every = invertible, store_every
-    y = operator.A(golden.x)
-    assert (y - golden.y).abs().max() <= 1e-5
+    y = operator.A(x)
+    assert (y.cpu() - golden.y).abs().max() <= 1e-5
     x_hat = net(y, operator)
-    assert (x_hat - golden.x_hat).abs().max() <= 1e-4
-    loss = (x_hat - golden.x).abs().mean()
+    assert (x_hat.cpu() - golden.x_hat).abs().max() <= 1e-4
+    loss = (x_hat - x).abs().mean()
     assert abs(loss.item() - golden.loss) <= 1e-6
     loss.backward()
     errors = golden.gradient_errors(net)

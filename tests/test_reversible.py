@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.reversible import Coupling, ReversibleChain
+from tests.conftest import DEVICES
 
 
 class Body(nn.Module):
@@ -167,16 +168,17 @@ def test_hooks_run_once_on_the_full_gradient():
     assert relative(ours, plain) <= 1e-9
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_restored_in_backward(dtype):
+def test_autocast_is_restored_in_backward(dtype, device):
     """Backward, called outside autocast, recomputes what forward computed: equal to plain autograd under autocast."""
-    chain, seen = make_chain(4, dtype=torch.float32), []
+    chain, seen = make_chain(4, dtype=torch.float32).to(device), []
     chain[0].body.linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    x = streams(dtype=torch.float32)
+    x = [stream.detach().to(device).requires_grad_() for stream in streams(dtype=torch.float32)]
     inputs = [*x, chain[0].v, chain[0].body.linear.weight, chain[3].body.linear.weight]
     gradients = []
     for reversible in (False, True):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(device, dtype):
             y = chain(*x, reversible=reversible, store_every=1)
         assert y[0].dtype == y[1].dtype == torch.float32
         gradients.append(torch.autograd.grad(loss_of(*y), inputs))
