@@ -108,15 +108,20 @@ def random_sampling_matrix(cs_ratio: float, block_size: int, generator: torch.Ge
     """
     if generator.device.type != "cpu":
         raise ValueError(f"the generator must be a CPU generator, not one of {generator.device}")
+    columns = number_of_measurements(cs_ratio, block_size)
+    n = block_size**2
+    gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    u, _, vt = torch.linalg.svd(gaussian)
+    return (u @ vt)[:, :columns].float().contiguous()
+
+
+def number_of_measurements(cs_ratio: float, block_size: int) -> int:
+    """M = ceil(cs_ratio · N), N = block_size²; raises ValueError for a ratio outside (0, 1] or a block size below 1."""
     if not 0 < cs_ratio <= 1:
         raise ValueError(f"cs_ratio must lie in (0, 1], not {cs_ratio}")
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, not {block_size}")
-    n = block_size**2
-    gaussian = torch.randn(n, n, generator=generator, dtype=torch.float64)
-    u, _, vt = torch.linalg.svd(gaussian)
-    columns = max(1, math.ceil(round(cs_ratio * n, 6)))  # rounded first: 0.07 * 100 is 7.000000000000001
-    return (u @ vt)[:, :columns].float().contiguous()
+    return max(1, math.ceil(round(cs_ratio * block_size**2, 6)))  # rounded first: 0.07 * 100 is 7.000000000000001
 
 
 class _Permute(torch.autograd.Function):

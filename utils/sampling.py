@@ -1,11 +1,10 @@
 """Sampling matrices of several ratios from one singular value decomposition."""
-import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from model.operators import random_sampling_matrix
+from model.operators import number_of_measurements, random_sampling_matrix
 from utils.devices import memory_suffices
 
 
@@ -14,9 +13,7 @@ def sampling_matrix(cs_ratio: float, block_size: int, seed: int) -> Tensor:
 
     Raises ValueError for a ratio outside (0, 1] or a block size below 1, and UserError where memory runs out.
     """
-    if not 0 < cs_ratio <= 1:
-        raise ValueError(f"cs_ratio must lie in (0, 1], not {cs_ratio}")
-    columns = max(1, math.ceil(round(cs_ratio * block_size**2, 6)))  # as there
+    columns = number_of_measurements(cs_ratio, block_size)
     with memory_suffices(f"for blocks of {block_size}x{block_size}: choose a smaller --block_size"):
         return _square(block_size, seed)[:, :columns].contiguous()
 
