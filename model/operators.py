@@ -37,7 +37,8 @@ class BlockCompressedSensing(LinearOperator):
 
     Args:
         sampling_matrix: Φ, (N, M) with N = block_size² and orthonormal columns; an nn.Parameter is kept as one.
-        permutation: π, (H·W,) int64; pixel `permutation[i]` of the flattened image goes to place i.
+        permutation: π, int64; pixel `permutation[i]` of the flattened image goes to place i. (H·W,) serves images in
+            batches of any size; (batch, H·W) measures each image of such a batch with its own.
         image_shape: (H, W), with H·W a multiple of N.
 
     Raises:
@@ -52,15 +53,16 @@ class BlockCompressedSensing(LinearOperator):
             raise ValueError(f"the sampling matrix must be (N, M) with M <= N, not {tuple(sampling_matrix.shape)}")
         if pixels == 0 or pixels % n:
             raise ValueError(f"a {height}x{width} image cannot be cut into rows of {n} pixels; pad it first")
-        if permutation.shape != (pixels,):
-            raise ValueError(f"the permutation must have {pixels} entries, not {tuple(permutation.shape)}")
+        if permutation.ndim not in (1, 2) or permutation.shape[-1] != pixels:
+            raise ValueError(f"the permutation must have {pixels} entries, or be (batch, {pixels}), "
+                             f"not {tuple(permutation.shape)}")
         self.image_shape = (height, width)
         if isinstance(sampling_matrix, nn.Parameter):
             self.sampling_matrix = sampling_matrix
         else:
             self.register_buffer("sampling_matrix", sampling_matrix)
         self.register_buffer("permutation", permutation)
-        self.register_buffer("inverse_permutation", permutation.argsort())
+        self.register_buffer("inverse_permutation", permutation.argsort(-1))
 
     @classmethod
     def random(
@@ -80,6 +82,7 @@ class BlockCompressedSensing(LinearOperator):
         if x.shape[1:] != (1, *self.image_shape):
             raise ValueError(f"the operator measures (batch, 1, {self.image_shape[0]}, {self.image_shape[1]}) images, "
                              f"not {tuple(x.shape)}")
+        self._check_batch(x)
         n, _ = self.sampling_matrix.shape
         with torch.autocast(x.device.type, enabled=False):
             pixels = _Permute.apply(x.to(self.sampling_matrix.dtype).flatten(1), self.permutation,
@@ -93,10 +96,15 @@ class BlockCompressedSensing(LinearOperator):
         if y.shape[1:] != (height * width // n, m):
             raise ValueError(f"the operator's measurements are (batch, {height * width // n}, {m}), "
                              f"not {tuple(y.shape)}")
+        self._check_batch(y)
         with torch.autocast(y.device.type, enabled=False):
             pixels = (y.to(self.sampling_matrix.dtype) @ self.sampling_matrix.T).flatten(1)
             pixels = _Permute.apply(pixels, self.inverse_permutation, self.permutation)
             return pixels.view(len(y), 1, height, width)
+
+    def _check_batch(self, x: Tensor) -> None:
+        if self.permutation.ndim == 2 and len(x) != len(self.permutation):
+            raise ValueError(f"the operator has permutations for {len(self.permutation)} images, not {len(x)}")
 
 
 def random_sampling_matrix(cs_ratio: float, block_size: int, generator: torch.Generator) -> Tensor:
@@ -125,12 +133,15 @@ def number_of_measurements(cs_ratio: float, block_size: int) -> int:
 
 
 class _Permute(torch.autograd.Function):
-    """Gather along the last dimension by a permutation; its gradient is the gather by the inverse (no scatter)."""
+    """Gather along the last dimension by a permutation; its gradient is the gather by the inverse (no scatter).
+
+    A permutation (pixels,) serves all rows of x (batch, pixels); of (batch, pixels) each row has its own.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(permutation, inverse)
-        return x.index_select(-1, permutation)
+        return x.index_select(-1, permutation) if permutation.ndim == 1 else x.gather(-1, permutation)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -4,10 +4,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as multiprocessing
 
+from model import IDM
 from model.operators import random_sampling_matrix
+from tests.test_distributed import free_port
+from utils import distributed
 from utils.errors import UserError
-from utils.evaluation import Result, evaluate, mean_scores, picture_operator
+from utils.evaluation import Result, batch_operator, evaluate, evaluate_spread, mean_scores, spread
 from utils.images import write_reconstruction
 from utils.testsets import Picture, load_testset
 
@@ -35,7 +39,7 @@ def test_the_back_projection_scores_as_numpy_says():
     original, block, seed = picture("Barbara", 16, 24), 8, 7
     (result,) = evaluate(back_projection, [original], cs_ratio=0.25, block_size=block, seed=seed)
     phi = random_sampling_matrix(0.25, block, torch.Generator().manual_seed(seed)).numpy().astype(float)
-    order = picture_operator("Barbara", (16, 24), torch.from_numpy(phi), seed).permutation.numpy()
+    order = batch_operator(["Barbara"], (16, 24), torch.from_numpy(phi), seed).permutation[0].numpy()
     rows = (original.luminance.flatten() / 255.0)[order].reshape(-1, block**2)
     expected = np.empty(16 * 24)
     expected[order] = (rows @ phi @ phi.T).flatten()
@@ -90,7 +94,7 @@ def test_permutations_differ_by_name_and_seed_and_not_by_the_global_generator():
     phi = random_sampling_matrix(0.5, 4, torch.Generator().manual_seed(0))
     def draw(name, seed=2025):
         torch.manual_seed(len(name) + seed)
-        return picture_operator(name, (16, 16), phi, seed).permutation
+        return batch_operator([name], (16, 16), phi, seed).permutation[0]
     assert draw("a").sort().values.equal(torch.arange(256))
     assert draw("a").equal(draw("a"))
     assert not draw("a").equal(draw("b"))
@@ -127,7 +131,8 @@ def test_the_network_computes_in_the_precision_asked_for(precision, dtype):
 
 
 def test_wrong_arguments_are_refused():
-    for options, message in (({"precision": "fp8"}, "fp8"), ({"cs_ratio": 1.5}, "1.5"), ({"block_size": 0}, "0")):
+    for options, message in (({"precision": "fp8"}, "fp8"), ({"cs_ratio": 1.5}, "1.5"), ({"block_size": 0}, "0"),
+                             ({"batch_size": 0}, "0")):
         with pytest.raises(ValueError, match=message):
             list(evaluate(back_projection, [picture("a")], **{"cs_ratio": 0.5, "block_size": 8, **options}))
 
@@ -148,6 +153,115 @@ def test_other_errors_of_the_network_pass_unchanged():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         list(evaluate(net, [picture("a")], 0.5, block_size=8))
+
+
+def test_batches_hold_pictures_of_one_padded_size_in_order():
+    pictures = [picture("a"), picture("b", 40, 20), picture("c", 17, 25), picture("d"), picture("e", 40, 20)]
+    sizes = []
+    def net(y, operator):
+        sizes.append((len(y), *operator.image_shape))
+        return operator.A_adjoint(y)
+    batched = list(evaluate(net, pictures, 0.3, block_size=8, batch_size=2))
+    assert sizes == [(2, 24, 32), (2, 40, 24), (1, 24, 32)]
+    assert [result.name for result in batched] == ["a", "c", "b", "e", "d"]
+    alone = {result.name: result for result in evaluate(net, pictures, 0.3, block_size=8)}
+    assert list(alone) == list("abcde")
+    for result in batched:
+        assert result.reconstruction.shape == alone[result.name].reconstruction.shape
+        # Rows of Φ's product are the same sums, whichever rows are beside them.
+        assert np.abs(result.reconstruction - alone[result.name].reconstruction).max() < 1e-3
+
+
+def test_a_network_scores_the_same_in_batches_as_one_by_one():
+    torch.manual_seed(0)
+    net = IDM((32, 64), num_steps=2).eval()
+    pictures = [picture(name, 24, 40) for name in "abc"]
+    one, three = (list(evaluate(net, pictures, 0.5, block_size=8, batch_size=n)) for n in (1, 3))
+    for a, b in zip(one, three, strict=True):
+        assert a.psnr == pytest.approx(b.psnr, abs=1e-3)
+        assert np.abs(a.reconstruction - b.reconstruction).max() < 1e-2
+    swapped = evaluate(net, pictures[::-1], 0.5, block_size=8, batch_size=3)
+    assert [r.psnr for r in swapped] == pytest.approx([r.psnr for r in three[::-1]], abs=1e-3)
+
+
+def test_the_costliest_jobs_are_spread_first():
+    assert spread([2, 9, 4, 3, 3], 2) == [[0, 1], [2, 3, 4]]
+    assert spread([5, 5, 5], 1) == [[0, 1, 2]]
+    assert spread([1.0], 3) == [[0], [], []]
+    rng = np.random.default_rng(0)
+    for world_size in (2, 3, 8):
+        costs = rng.uniform(1, 50, 100)
+        shares = spread(costs, world_size)
+        assert sorted(sum(shares, [])) == list(range(100))
+        loads = [costs[share].sum() for share in shares]
+        assert max(loads) - min(loads) <= costs.max()  # greedy: the last job went to the least loaded
+        assert max(loads) <= (4 / 3) * max(costs.sum() / world_size, costs.max())  # Graham's bound, longest first
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port}.items():
+            patch.setenv(name, str(value))
+        process = distributed.start("cpu")
+        try:
+            seen = []
+            results = evaluate_spread(process, *arguments(), each=lambda p, r: seen.append((p.name, r.reconstruction)))
+            np.savez(f"{folder}/{rank}.npz", names=[name for name, _ in seen],
+                     scores=[(r.psnr, r.ssim) for r in results],
+                     **{f"picture_{name}": reconstruction for name, reconstruction in seen})
+            expect_failures(process, rank)
+        finally:
+            distributed.stop()
+
+
+def expect_failures(process, rank):
+    """Whatever happens on one process, none waits for it, and the next evaluation works."""
+    def on_rank(bad, error):
+        def each(picture, result):
+            if rank == bad:
+                raise error
+        return each
+    with pytest.raises(UserError, match="the disk is full"):
+        evaluate_spread(process, *arguments(), each=on_rank(1, UserError("the disk is full")))
+    error, message = (ZeroDivisionError, "a bug") if rank == 0 else (RuntimeError, "process 0 failed: a bug")
+    with pytest.raises(error, match=message):
+        evaluate_spread(process, *arguments(), each=on_rank(0, ZeroDivisionError("a bug")))
+    with pytest.raises(UserError, match="different pictures"):
+        evaluate_spread(process, back_projection, [picture("a")] * (1 + rank), 0.5)
+    with pytest.raises(UserError, match="not enough memory to reconstruct"):
+        def net(y, operator):
+            if rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return operator.A_adjoint(y)
+        evaluate_spread(process, net, [picture("a"), picture("b")], 0.5, block_size=8)
+    (result,) = evaluate_spread(process, back_projection, [picture("a")], 1.0, block_size=8)  # one for two processes
+    assert result.psnr > 110
+
+
+def arguments():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = IDM((32, 64), num_steps=1).eval()
+    pictures = [picture("a"), picture("b", 40, 20), picture("c", 17, 25), picture("d"), picture("e", 90, 90)]
+    return net, pictures, 0.3, 8, 7, "fp32", net.size_multiple, 2
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    multiprocessing.spawn(one_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
+    assert sorted(list(ranks[0]["names"]) + list(ranks[1]["names"])) == list("abcde")
+    assert list(ranks[0]["names"]) == ["e"] or list(ranks[1]["names"]) == ["e"]  # as costly as all others
+    threads = torch.get_num_threads()
+    try:
+        net, pictures, ratio, block, seed, precision, multiple, batch = arguments()
+        alone = {r.name: r for r in evaluate(net, pictures, ratio, block, seed, "cpu", precision, multiple, batch)}
+    finally:
+        torch.set_num_threads(threads)
+    for rank in ranks:
+        assert np.array_equal(rank["scores"], [(alone[p.name].psnr, alone[p.name].ssim) for p in pictures])
+        for name in rank["names"]:
+            assert np.array_equal(rank[f"picture_{name}"], alone[name].reconstruction)
 
 
 def test_averages():

@@ -41,6 +41,24 @@ def test_adjoint_and_pseudo_inverse():
                           atol=1e-6)
 
 
+def test_each_image_of_a_batch_can_have_its_own_permutation():
+    phi = random_sampling_matrix(0.3, 4, torch.Generator().manual_seed(0)).double()
+    permutations = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    operator = BlockCompressedSensing(phi, permutations, (8, 12))
+    alone = [BlockCompressedSensing(phi, permutation, (8, 12)) for permutation in permutations]
+    x = torch.randn(3, 1, 8, 12, dtype=torch.float64, requires_grad=True)
+    y = operator.A(x)
+    adjoint = operator.A_adjoint(y)
+    for i, single in enumerate(alone):
+        matrix = dense(single)
+        assert torch.allclose(y[i].flatten(), matrix @ x[i].flatten(), atol=1e-12)
+        assert torch.allclose(adjoint[i].flatten(), matrix.T @ matrix @ x[i].flatten(), atol=1e-12)
+        assert torch.equal(y[i], single.A(x[i:i + 1])[0])  # the same numbers, to the last bit
+    assert not torch.allclose(y[1].flatten(), dense(alone[0]) @ x[1].flatten())
+    assert torch.autograd.gradcheck(operator.A, x)
+    assert torch.autograd.gradcheck(operator.A_adjoint, torch.randn_like(y, requires_grad=True))
+
+
 def test_gradients_are_the_adjoint():
     operator = make()
     x = torch.randn(1, 1, 8, 12, dtype=torch.float64, requires_grad=True)
@@ -95,6 +113,13 @@ def test_shapes_that_do_not_fit():
         BlockCompressedSensing(phi, torch.arange(25), (5, 5))
     with pytest.raises(ValueError, match="permutation must have 64 entries"):
         BlockCompressedSensing(phi, torch.arange(63), (8, 8))
+    for shape in ((2, 63), (1, 2, 64), ()):
+        with pytest.raises(ValueError, match="permutation must have 64 entries, or be"):
+            BlockCompressedSensing(phi, torch.zeros(shape, dtype=torch.int64), (8, 8))
+    own = BlockCompressedSensing(phi, torch.arange(64).repeat(3, 1), (8, 8))
+    for call in (lambda: own.A(torch.zeros(2, 1, 8, 8)), lambda: own.A_adjoint(torch.zeros(1, 4, 4))):
+        with pytest.raises(ValueError, match="has permutations for 3 images, not [12]"):
+            call()
     with pytest.raises(ValueError, match="measures .* images"):
         operator.A(torch.zeros(1, 1, 12, 8))
     with pytest.raises(ValueError, match="measurements are"):
