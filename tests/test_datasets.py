@@ -1,4 +1,7 @@
 """Training crops are true windows of the pictures, and the same whoever draws them."""
+import binascii
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -26,8 +29,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_crop_is_a_window_of_one_picture(folder):
-    crops = TrainingCrops(folder, 16, seed=3)
+@pytest.fixture(params=["in memory", "cached"])
+def cache_dir(request, tmp_path_factory):
+    """Where the pictures are kept: every test with it holds for both."""
+    return tmp_path_factory.mktemp("cache") if request.param == "cached" else None
+
+
+def test_every_crop_is_a_window_of_one_picture(folder, cache_dir):
+    crops = TrainingCrops(folder, 16, seed=3, cache_dir=cache_dir)
     sources = [coded(40 + number, 50 - number, number) for number in range(3)]
     windows = [np.lib.stride_tricks.sliding_window_view(source, (16, 16)) for source in sources]
     found = set()
@@ -50,8 +59,8 @@ def test_luminance_is_that_of_the_rec_601_formula(tmp_path):
     assert np.abs(TrainingCrops(tmp_path, 20)[0][0].numpy() - expected).max() <= 0.51
 
 
-def test_a_crop_depends_on_seed_rank_and_number_alone(folder):
-    crops = TrainingCrops(folder, 16, seed=3)
+def test_a_crop_depends_on_seed_rank_and_number_alone(folder, cache_dir):
+    crops = TrainingCrops(folder, 16, seed=3, cache_dir=cache_dir)
     whole = torch.cat(list(DataLoader(crops, 4, sampler=range(24))))
     later = torch.cat(list(DataLoader(crops, 4, sampler=range(12, 24), num_workers=2)))
     assert torch.equal(whole[12:], later)
@@ -59,11 +68,37 @@ def test_a_crop_depends_on_seed_rank_and_number_alone(folder):
         assert not torch.equal(whole, torch.stack([other[index] for index in range(24)]))
 
 
-def test_small_and_unreadable_pictures_are_left_out_and_counted(folder):
-    crops = TrainingCrops(folder, 16)
+def test_crops_are_the_same_cached_or_not_for_every_patch_size(folder, tmp_path_factory):
+    cache_dir = tmp_path_factory.mktemp("cache")
+    for patch_size in (16, 1, 40, 41, 3):
+        loaded, cached = (TrainingCrops(folder, patch_size, 5, 1, where) for where in (None, cache_dir))
+        assert all(torch.equal(loaded[index], cached[index]) for index in range(50))
+        assert loaded.fingerprint() == cached.fingerprint() and loaded.notice == cached.notice
+        assert loaded.names == cached.names and len(loaded.pictures) == len(loaded.names)
+    assert len(list(cache_dir.glob("*.luminance"))) == 1
+
+
+def test_fingerprint_is_the_one_that_states_of_earlier_runs_hold(folder, cache_dir):
+    """CRC-32 of a line a picture, name and size, computed with binascii."""
+    lines = b"a.png (40, 50)\ndeep/b.bmp (41, 49)\ndeep/er/c.TIFF (42, 48)"
+    expected = f"3 (names and sizes {binascii.crc32(lines):08x})"
+    assert TrainingCrops(folder, 16, cache_dir=cache_dir).fingerprint() == expected
+
+
+def test_small_pictures_are_counted_and_unreadable_ones_named(folder, cache_dir):
+    crops = TrainingCrops(folder, 16, cache_dir=cache_dir)
     assert crops.names == ["a.png", "deep/b.bmp", "deep/er/c.TIFF"]
-    assert crops.notice == "left out of 5 pictures: 1 that cannot be read and 1 smaller than 16x16"
-    assert TrainingCrops(folder / "deep", 16).notice == ""
+    assert crops.notice == "left out of 5 pictures: 1 that cannot be read (broken.jpg) and 1 smaller than 16x16"
+    assert TrainingCrops(folder / "deep", 16, cache_dir=cache_dir).notice == ""
+
+
+def test_of_many_unreadable_pictures_ten_are_named(folder, cache_dir):
+    for number in range(12):
+        (folder / f"u{number:02}.png").write_bytes(b"")
+    (folder / os.fsdecode(b"bell\x07\n\xff.png")).write_bytes(b"")
+    assert TrainingCrops(folder, 1, cache_dir=cache_dir).notice == (
+        "left out of 18 pictures: 14 that cannot be read ('bell\\x07\\n\\udcff.png', broken.jpg, u00.png, u01.png, "
+        "u02.png, u03.png, u04.png, u05.png, u06.png, u07.png and 4 more)")
 
 
 def test_a_crop_may_be_the_whole_picture(tmp_path):
@@ -71,21 +106,25 @@ def test_a_crop_may_be_the_whole_picture(tmp_path):
     assert np.array_equal(TrainingCrops(tmp_path, 16)[5][0].numpy(), coded(16, 16, 0))
 
 
-@pytest.mark.parametrize(("patch_size", "sentence"), [(64, "none of the 5 pictures .* 1 that cannot be read and 4 sm")])
-def test_nothing_of_use_is_the_users_mistake(folder, patch_size, sentence):
-    with pytest.raises(UserError, match=sentence):
-        TrainingCrops(folder, patch_size)
+def test_nothing_of_use_is_the_users_mistake(folder, cache_dir):
+    with pytest.raises(UserError, match=r"none of the 5 pictures .* 1 that cannot be read \(broken.jpg\) and 4"):
+        TrainingCrops(folder, 64, cache_dir=cache_dir)
+    for path in folder.rglob("*.*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 5 pictures .* 5 that cannot be read \(a.png, broken"):
+        TrainingCrops(folder, 1, cache_dir=cache_dir)
 
 
-def test_a_missing_or_empty_folder_is_the_users_mistake(tmp_path):
+def test_a_missing_or_empty_folder_is_the_users_mistake(tmp_path, cache_dir):
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
-        TrainingCrops(tmp_path / "nowhere", 16)
+        TrainingCrops(tmp_path / "nowhere", 16, cache_dir=cache_dir)
     with pytest.raises(UserError, match="no picture"):
-        TrainingCrops(tmp_path, 16)
+        TrainingCrops(tmp_path, 16, cache_dir=cache_dir)
 
 
-def test_fingerprint_tells_other_pictures(folder):
-    before = TrainingCrops(folder, 16).fingerprint()
-    assert TrainingCrops(folder, 16, seed=9).fingerprint() == before
+def test_fingerprint_tells_other_pictures(folder, cache_dir):
+    before = TrainingCrops(folder, 16, cache_dir=cache_dir).fingerprint()
+    assert TrainingCrops(folder, 16, seed=9, cache_dir=cache_dir).fingerprint() == before
     cv2.imwrite(str(folder / "more.png"), coded(40, 40, 5))
-    assert TrainingCrops(folder, 16).fingerprint() != before
+    assert TrainingCrops(folder, 16, cache_dir=cache_dir).fingerprint() != before

@@ -1,6 +1,5 @@
 """Training crops: random windows of the luminance of a folder's pictures (paper, section 4)."""
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,20 +8,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.errors import UserError
-from utils.images import SUFFIXES, read_picture
+from utils.luminance_cache import open_pictures
+
+NAMED = 10  # of the files that cannot be read
 
 
 class TrainingCrops(Dataset):
     """Crop number i of rank r: a function of (seed, r, i) alone, whoever asks, in whatever order.
 
     So a run that was interrupted goes on with the very crops it would have seen, and the number of workers changes
-    nothing. Every picture is decoded once, at the start, and kept as uint8.
+    nothing. Every picture is decoded once, and kept as uint8 in a file that all processes share, or in memory.
 
     Args:
         folder: searched recursively for pictures.
         patch_size: P, the side of a crop in pixels.
         seed: of the whole run.
         rank: of this process; each draws other crops.
+        cache_dir: where the decoded pictures of the folder are kept, for this run and later ones; None keeps them in
+            memory, each process its own.
 
     Attributes:
         names: the pictures in use, relative to `folder`, sorted.
@@ -30,29 +33,22 @@ class TrainingCrops(Dataset):
         notice: a sentence about the pictures left out (unreadable, or smaller than P either way), or "".
 
     Raises:
-        UserError: where the folder is missing or no picture in it is of use.
+        UserError: where the folder is missing, no picture in it is of use, or the cache cannot be written.
     """
 
-    def __init__(self, folder: str | Path, patch_size: int, seed: int = 2025, rank: int = 0):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; give one with training pictures by --train_dir")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        if not paths:
-            raise UserError(f"no picture ({', '.join(SUFFIXES)}) in {folder} or below it")
-        with ThreadPoolExecutor() as pool:
-            pictures = list(pool.map(_luminance, paths))
-        unreadable = sum(picture is None for picture in pictures)
-        kept = [(str(path.relative_to(folder)), picture) for path, picture in zip(paths, pictures, strict=True)
-                if picture is not None and min(picture.shape) >= patch_size]
-        small = len(paths) - unreadable - len(kept)
-        reasons = [(unreadable, "that cannot be read"), (small, f"smaller than {patch_size}x{patch_size}")]
+    def __init__(self, folder: str | Path, patch_size: int, seed: int = 2025, rank: int = 0,
+                 cache_dir: str | Path | None = None):
+        found = open_pictures(Path(folder), None if cache_dir is None else Path(cache_dir), speak=rank == 0)
+        self.pictures = found.at_least(patch_size)
+        self.names = self.pictures.names
+        unreadable, small = len(found.unreadable), len(found) - len(self.names)
+        total = len(found) + unreadable
+        reasons = [(unreadable, f"that cannot be read ({_listed(found.unreadable)})"),
+                   (small, f"smaller than {patch_size}x{patch_size}")]
         left_out = " and ".join(f"{count} {reason}" for count, reason in reasons if count)
-        if not kept:
-            raise UserError(f"none of the {len(paths)} pictures in {folder} can be used: {left_out}")
-        self.names = [name for name, _ in kept]
-        self.pictures = [picture for _, picture in kept]
-        self.notice = f"left out of {len(paths)} pictures: {left_out}" if left_out else ""
+        if not self.names:
+            raise UserError(f"none of the {total} pictures in {folder} can be used: {left_out}")
+        self.notice = f"left out of {total} pictures: {left_out}" if left_out else ""
         self.patch_size, self.seed, self.rank = patch_size, seed, rank
 
     def __getitem__(self, index: int) -> Tensor:
@@ -65,14 +61,13 @@ class TrainingCrops(Dataset):
 
     def fingerprint(self) -> str:
         """Tells one collection of pictures from another by their number, names and sizes."""
-        listing = [f"{name} {picture.shape}" for name, picture in zip(self.names, self.pictures, strict=True)]
+        listing = [f"{name} {tuple(shape)}" for name, shape in
+                   zip(self.names, self.pictures.shapes.tolist(), strict=True)]
         checksum = zlib.crc32("\n".join(listing).encode(errors="surrogateescape"))
         return f"{len(listing)} (names and sizes {checksum:08x})"
 
 
-def _luminance(path: Path) -> np.ndarray | None:
-    """(H, W) uint8; None for a file that cannot be read."""
-    try:
-        return read_picture(path)[0]
-    except UserError:
-        return None
+def _listed(names: list[str]) -> str:
+    """The first few of many names, on one line whatever they hold."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:NAMED]]
+    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
