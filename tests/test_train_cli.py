@@ -15,6 +15,7 @@ import torch
 
 import train
 from model import IDM
+from utils import training_state
 from utils.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,8 @@ def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
     assert all("Tiny, ratio 0." in line and "PSNR" in line for line in log[1:3])
     assert set(log) <= set(printed.splitlines())
     folder = place / "weight" / NAME
-    assert sorted(file.name for file in folder.iterdir()) == ["pretrained", "state.pt"]  # of 1 head, so no .pkl
+    assert sorted(file.name for file in folder.iterdir()) == [  # of 1 head, so no .pkl
+        "pretrained", "state_00000002.pt", "state_00000004.pt"]
     own = IDM.from_checkpoint(folder / "pretrained")
     torch.manual_seed(2025)
     fresh = IDM.compact(width=32, num_steps=2, shuffle=4)
@@ -88,7 +90,7 @@ def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
 def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole, data, tmp_path):
     start(*flags(data, tmp_path, "--max_iters", "3", "--invertible", "both"))
     assert not same(weights(tmp_path), weights(whole[0]))
-    printed = start(*flags(data, tmp_path, "--resume", "--num_workers", "1"))
+    printed = start(*flags(data, tmp_path, "--num_workers", "1"))
     assert "from iteration 3" in printed
     assert same(weights(tmp_path), weights(whole[0]))
     resumed, uninterrupted = ((place / "log" / f"{NAME}.txt").read_text().splitlines()[-3:]
@@ -101,8 +103,8 @@ def test_two_processes_train_one_model(whole, data, tmp_path):
     printed = start(*flags(data, tmp_path), launcher=LAUNCHER)
     assert printed.count("[02/2] loss") == 1
     assert not same(weights(tmp_path), weights(whole[0]))
-    state = torch.load(tmp_path / "weight" / NAME / "state.pt", weights_only=True)
-    assert state["configuration"]["processes"] == 2 and len(state["random"]) == 2
+    state = read_state(tmp_path)
+    assert state["processes"] == 2 and len(state["random"]) == 2
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def call(monkeypatch, data, tmp_path):
 
 
 def read_state(place: Path) -> dict:
-    return torch.load(place / "weight" / NAME / "state.pt", weights_only=True)
+    return training_state.load_newest_state(place / "weight" / NAME)[0]
 
 
 def test_a_signal_saves_the_state_and_ends_the_run(call, monkeypatch, tmp_path, capsys):
@@ -143,24 +145,26 @@ def test_a_signal_in_the_last_iteration_lets_the_run_end(call, monkeypatch, tmp_
     monkeypatch.setattr(train, "backward", signalled)
     call("--max_iters", "1")
     assert read_state(tmp_path)["progress"]["iteration"] == 1 and weights(tmp_path)
-    call("--max_iters", "1", "--resume")
+    call("--max_iters", "1")
     assert capsys.readouterr().out.endswith("nothing is left to do\n")
 
 
 def test_losses_that_are_not_finite_are_skipped_and_counted(call, monkeypatch, tmp_path, capsys):
-    backward = train.backward
+    before_and_after, norms = [], []
+    backward, update = train.backward, train.update
 
-    def sometimes_broken(run, *arguments):
-        loss = backward(run, *arguments)
-        return loss * math.nan if run.progress.iteration == 1 else loss
+    def sometimes_broken(run, model, matrix, slot, pixels):
+        with torch.no_grad():
+            run.net.merge_scale += math.nan if run.progress.iteration == 1 else 0
+            loss = torch.enable_grad()(backward)(run, model, matrix, slot, pixels)
+            run.net.merge_scale.nan_to_num_()
+        return loss
 
-    before_and_after = []
-    update = train.update
-
-    def watched(run, loss, finite):
+    def watched(run, loss):
         before = {name: tensor.clone() for name, tensor in run.net.state_dict().items()}
-        update(run, loss, finite)
-        before_and_after.append((finite, same(before, run.net.state_dict())))
+        norms.append(update(run, loss))
+        before_and_after.append((math.isfinite(loss), same(before, run.net.state_dict())))
+        return norms[-1]
 
     monkeypatch.setattr(train, "backward", sometimes_broken)
     monkeypatch.setattr(train, "update", watched)
@@ -175,10 +179,14 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(call, monkeypatch, t
 def test_a_run_without_finite_losses_ends_and_keeps_its_state(call, monkeypatch, tmp_path, capsys):
     backward = train.backward
 
-    def broken(run, *arguments):
-        return backward(run, *arguments) if run.progress.iteration < 2 else torch.tensor(math.inf)
+    def broken(run, model, matrix, slot, pixels):
+        loss = backward(run, model, matrix, slot, pixels)
+        if run.progress.iteration >= 2:
+            run.net.input_scale.grad *= math.inf
+        return loss
 
     monkeypatch.setattr(train, "backward", broken)
+    monkeypatch.setattr(train.distributed.Pulse, "due", lambda *_: True)
     with pytest.raises(SystemExit) as ended:
         call("--epoch", "20")
     assert "no finite loss or gradient in 10 iterations in a row, up to iteration 12" in ended.value.code
@@ -186,11 +194,13 @@ def test_a_run_without_finite_losses_ends_and_keeps_its_state(call, monkeypatch,
     assert "[05/20] loss: nan" in capsys.readouterr().out
 
 
-def test_overflows_under_a_gradient_scaler_are_counted_and_end_the_run(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_gradients_that_are_not_finite_move_nothing_are_counted_and_end_the_run(tmp_path, data, monkeypatch, precision):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path)])
     net = torch.nn.Linear(1, 1)
-    run = train.Run(train.parse_args(""), train.distributed.Process(0, 1, torch.device("cpu")), None, net,
-                    torch.optim.Adam(net.parameters()), torch.amp.GradScaler("cpu"))
+    run = train.Run(train.parse_args(""), train.distributed.Process(0, 1, torch.device("cpu")), None, net, None,
+                    torch.optim.Adam(net.parameters(), fused=True),
+                    torch.amp.GradScaler("cpu", enabled=precision == "fp16"))
     run.scaler.scale(torch.ones(()))  # it is made by the first loss
 
     def step(gradient: float) -> bool:
@@ -198,16 +208,18 @@ def test_overflows_under_a_gradient_scaler_are_counted_and_end_the_run(tmp_path,
         before = net.weight.item()
         for parameter in net.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
-        train.update(run, 0.5, True)
+        train.update(run, torch.tensor(0.5))
+        train.give_up_if_nothing_is_finite(run)
         return net.weight.item() != before
 
     assert not any(step(math.inf) for _ in range(9))  # a start at 65536 may take a few halvings
-    assert run.scaler.get_scale() == 128 and (run.progress.skipped, run.progress.loss_count) == (9, 0)
-    assert step(1.0) and run.progress.skipped_in_a_row == 0
-    assert not any(step(math.inf) for _ in range(9))
+    assert run.totals.tolist() == [0, 0, 9, 9]
+    assert run.scaler.get_scale() == (128 if precision == "fp16" else 1)
+    assert step(1.0) and run.totals.tolist() == [0.5, 1, 9, 0]
+    assert not any(step(math.nan) for _ in range(9))
     with pytest.raises(SystemExit, match="no finite loss or gradient in 10 iterations in a row, up to iteration 20"):
         step(math.inf)
-    assert (run.progress.skipped, run.progress.loss_count, run.progress.loss_sum) == (19, 1, 0.5)
+    assert run.totals.tolist() == [0.5, 1, 19, 10]
 
 
 def test_a_checkpoint_of_part_of_an_epoch_is_replaced_by_the_whole_ones(call, monkeypatch):
@@ -215,14 +227,14 @@ def test_a_checkpoint_of_part_of_an_epoch_is_replaced_by_the_whole_ones(call, mo
     monkeypatch.setattr(train.training_state, "save_checkpoint", lambda net, folder, epoch: saved.append(epoch))
     call("--epoch", "3", "--max_iters", "1", "--testset_name", "none")
     assert saved == [1]
-    call("--epoch", "3", "--resume", "--testset_name", "none")
+    call("--epoch", "3", "--testset_name", "none")
     assert saved == [1, 1, 3]  # of 10 epochs between checkpoints, 3 being the last
 
 
 def test_a_test_that_fails_is_skipped(call, monkeypatch, tmp_path, capsys):
     modes = []
 
-    def exhausted(net, *_):
+    def exhausted(process, net, *_, **__):
         modes.append(net.training)
         raise train.UserError("there is not enough memory to reconstruct camera")
 
@@ -231,7 +243,7 @@ def test_a_test_that_fails_is_skipped(call, monkeypatch, tmp_path, capsys):
         return backward(run, *arguments)
 
     backward = train.backward
-    monkeypatch.setattr(train, "evaluate", exhausted)
+    monkeypatch.setattr(train.training_report, "evaluate_spread", exhausted)
     monkeypatch.setattr(train, "backward", watched)
     call("--iters_per_epoch", "1")
     assert modes == [True, False, False, True, False, False]  # two ratios after each of two epochs
@@ -280,16 +292,22 @@ sys.argv += ["--model_dir", {str(tmp_path)!r} + "/" + os.environ["RANK"] + "/wei
 import train
 train.errors.run(train.main)
 """)
-    result = subprocess.run([sys.executable, *LAUNCHER, str(script), *flags(data, tmp_path, "--resume")],
+    result = subprocess.run([sys.executable, *LAUNCHER, str(script), *flags(data, tmp_path)],
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1, result.stderr
-    assert "error: the processes would go on from different iterations (0 to 4); --model_dir must be" in result.stderr
+    assert "error: the processes find different states to go on from; --model_dir must be" in result.stderr
 
 
 @pytest.mark.parametrize(("more", "sentence"), [
     (["--patch_size", "40"], "--patch_size must be a multiple of 16 here, not 40"),
     (["--patch_size", "27", "--block_size", "3"], "--patch_size must be a multiple of 24 here, not 27"),
+    (["--cs_ratio", "0.5-0.1"], "--cs_ratio: the range 0.5-0.1 must go from a lower ratio to a higher one"),
+    (["--cs_ratio", "0.1-1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
+    (["--ema", "1"], "--ema: must be a number below 1, not 1"),
+    (["--clip", "0"], "--clip: must be a number above 0, not 0"),
+    (["--accumulate", "0"], "--accumulate: must be a whole number of at least 1, not 0"),
+    (["--cache_dir", "/dev/null/cache"], "--cache_dir"),
     (["--cs_ratio", "1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
     (["--cs_ratio", "ten"], "--cs_ratio: must be a number, or several as 0.1/0.3/0.5, not ten"),
     (["--batch_size", "0"], "--batch_size: must be a whole number of at least 1, not 0"),
@@ -316,9 +334,10 @@ def test_a_users_mistake_is_one_sentence_and_status_2(call, capsys, more, senten
 
 def test_an_earlier_run_is_neither_overwritten_nor_continued_with_other_settings(call, whole, capsys):
     for more, sentence in [
-        ([], "holds an earlier run; add --resume"),
-        (["--resume", "--batch_size", "4", "--invertible", "none"],  # the latter may change
-         "is of a run with other settings: batch_size was 2, is 4; use the same"),
+        (["--no-resume"], "holds an earlier run; leave out --no-resume"),
+        (["--batch_size", "4", "--invertible", "none", "--compile"],  # the latter may change
+         "holds a run with other settings: batch_size was 2, is 4; use the same"),
+        (["--accumulate", "2", "--ema", "0.9"], "accumulate was 1, is 2; ema was None, is 0.9; use"),
     ]:
         with pytest.raises(SystemExit) as ended:
             call(*more, place=whole[0])
@@ -330,10 +349,10 @@ def test_checkpoints_in_the_runs_folder_are_not_overwritten(call, tmp_path, caps
     folder = tmp_path / "weight" / NAME
     folder.mkdir(parents=True)
     (folder / name).write_bytes(b"published")
-    for more in ([], ["--resume"]):
+    for more in ([], ["--no-resume"]):
         with pytest.raises(SystemExit):
             call(*more)
-        assert "it left no state to resume from" in capsys.readouterr().err
+        assert "holds weights but no state to go on from" in capsys.readouterr().err
     assert (folder / name).read_bytes() == b"published"
 
 
@@ -359,15 +378,19 @@ def test_training_can_start_from_a_checkpoint(whole, data, tmp_path, monkeypatch
             train.build_network(args, train.distributed.start("cpu"))
 
 
-def test_learning_rates_are_the_published_ones_or_a_cosine(monkeypatch, data, tmp_path):
+def test_learning_rates_are_the_published_ones_or_a_cosine(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = train.parse_args("")
     assert (args.epoch, args.learning_rate, args.batch_size, args.patch_size) == (50, 1e-4, 8, 256)
     assert args.run_name == "R_0.10_T_3_B_32"
     rates = [train.learning_rate(args, epoch * 1000) for epoch in range(50)]
     assert rates == [1e-4 * 0.5**(epoch // 10) for epoch in range(50)]
-    assert train.learning_rate(args, 9_999) == 1e-4
-    args.lr_schedule = "cosine"  # 50,000 iterations, the first 1,000 of them to warm up
+    assert train.learning_rate(args, 0) == train.learning_rate(args, 9_999) == 1e-4
+    args.warm_up = 100
+    assert train.learning_rate(args, 49) == pytest.approx(5e-5) and train.learning_rate(args, 100) == 1e-4
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr_schedule", "cosine"])
+    args = train.parse_args("")
+    assert args.warm_up == 1000  # of 50,000 iterations
     assert train.learning_rate(args, 0) == pytest.approx(1e-7)
     assert train.learning_rate(args, 999) == pytest.approx(1e-4)
     assert train.learning_rate(args, 25_500) == pytest.approx(5e-5)

@@ -13,11 +13,13 @@ from utils.errors import UserError
 REAL_SAVE = torch.save
 
 
-def state(number: float) -> dict:
+def state(number: int) -> dict:
     return {
         "configuration": {"batch_size": 8, "cs_ratio": "0.1"},
+        "processes": 1,
         "network": {"block_out_channels": (32, 64)},
         "model": {"weight": torch.full((1000,), float(number))},
+        "ema": None,
         "optimizer": {},
         "scaler": {},
         "progress": {"iteration": int(number)},
@@ -26,10 +28,19 @@ def state(number: float) -> dict:
 
 
 @pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "run" / "state.pt"
-    training_state.save_state(path, state(1))
-    return path
+def folder(tmp_path):
+    folder = tmp_path / "run"
+    training_state.save_state(folder, state(1))
+    return folder
+
+
+@pytest.fixture
+def path(folder):
+    return folder / "state_00000001.pt"
+
+
+def newest(folder) -> int:
+    return training_state.load_newest_state(folder)[0]["progress"]["iteration"]
 
 
 def full_disk(*args, **kwargs):
@@ -41,12 +52,38 @@ def half_a_save(thing, file):
     raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nand more")
 
 
-def test_a_state_comes_back(path):
-    training_state.save_state(path, state(2))
-    loaded = training_state.load_state(path)
-    assert torch.equal(loaded["model"]["weight"], torch.full((1000,), 2.0))
-    assert loaded["progress"] == {"iteration": 2} and loaded["network"] == {"block_out_channels": (32, 64)}
-    assert os.listdir(path.parent) == ["state.pt"]
+def test_a_state_comes_back_and_the_newest_two_are_kept(folder):
+    for number in (2, 300):
+        training_state.save_state(folder, state(number))
+    loaded, notes = training_state.load_newest_state(folder)
+    assert torch.equal(loaded["model"]["weight"], torch.full((1000,), 300.0)) and not notes
+    assert loaded["progress"] == {"iteration": 300} and loaded["network"] == {"block_out_channels": (32, 64)}
+    assert sorted(os.listdir(folder)) == ["state_00000002.pt", "state_00000300.pt"]
+
+
+def test_a_new_run_has_no_state(tmp_path):
+    (tmp_path / "state_of_the_art.pt").touch()
+    assert training_state.load_newest_state(tmp_path) == (None, []) == training_state.load_newest_state(tmp_path / "x")
+
+
+def test_of_a_damaged_state_the_one_before_it_is_used_with_a_sentence(folder):
+    training_state.save_state(folder, state(2))
+    damaged = folder / "state_00000002.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    (folder / ".state_00000003.pt.partial").write_bytes(b"of a killed process")
+    loaded, notes = training_state.load_newest_state(folder)
+    assert loaded["progress"] == {"iteration": 1} and len(notes) == 1
+    assert "state_00000002.pt is not a whole training state" in notes[0]
+    assert notes[0].endswith("; going on from the one before it")
+    # The run goes on, passes by where the damaged one was written, or not; that one never counts as one of the two.
+    (folder / "state_00000009.pt").write_bytes(b"")
+    training_state.save_state(folder, state(4))
+    assert sorted(os.listdir(folder)) == ["state_00000002.pt", "state_00000004.pt"]
+    assert newest(folder) == 4
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="00000004.pt is not .*; .*00000002.pt is not .*; remove .*run to start again"):
+        training_state.load_newest_state(folder)
 
 
 @pytest.mark.parametrize(("module", "name", "failure", "reason"), [
@@ -55,16 +92,16 @@ def test_a_state_comes_back(path):
     (os, "fsync", full_disk, "No space left on device"),
     (os, "replace", full_disk, "No space left on device"),
 ])
-def test_a_failure_while_writing_leaves_the_old_state(path, monkeypatch, module, name, failure, reason):
+def test_a_failure_while_writing_leaves_the_old_states(folder, monkeypatch, module, name, failure, reason):
     with monkeypatch.context() as patch:
         patch.setattr(module, name, failure)
-        with pytest.raises(UserError, match=f"cannot write .*state.pt .*{reason}.*then go on with --resume"):
-            training_state.save_state(path, state(2))
-    assert training_state.load_state(path)["progress"] == {"iteration": 1}
-    assert os.listdir(path.parent) == ["state.pt"]
+        with pytest.raises(UserError, match=f"cannot write .*_00000002.pt .*{reason}.*then start the same command"):
+            training_state.save_state(folder, state(2))
+    assert newest(folder) == 1
+    assert os.listdir(folder) == ["state_00000001.pt"]
 
 
-def test_an_interrupt_while_writing_leaves_the_old_state(path, monkeypatch):
+def test_an_interrupt_while_writing_leaves_the_old_state(folder, monkeypatch):
     def interrupted(thing, file):
         file.write(b"PK")
         raise KeyboardInterrupt
@@ -72,8 +109,8 @@ def test_an_interrupt_while_writing_leaves_the_old_state(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            training_state.save_state(path, state(2))
-    assert training_state.load_state(path)["progress"] == {"iteration": 1}
+            training_state.save_state(folder, state(2))
+    assert newest(folder) == 1
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
@@ -117,8 +154,8 @@ def test_other_settings_are_refused_with_every_difference(path):
         training_state.check_configuration(saved, {"batch_size": 4, "cs_ratio": "0.1"}, path)
 
 
-def test_random_states_survive_the_file(path):
-    training_state.save_state(path, state(1))
+def test_random_states_survive_the_file(folder, path):
+    training_state.save_state(folder, state(1))
     expected = random.random(), np.random.rand(), torch.rand(3).tolist(), np.random.randn()
     training_state.restore_random_states(training_state.load_state(path)["random"][0])
     assert (random.random(), np.random.rand(), torch.rand(3).tolist(), np.random.randn()) == expected

@@ -5,6 +5,7 @@ A plain `python train.py` has no group.
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,31 @@ def seed_of(*numbers: int) -> int:
     """One 63-bit seed from several whole numbers >= 0 (seed, iteration, rank, ...), well mixed."""
     entropy = (len(numbers), *numbers)  # with the length, since zeros at the end would make no difference
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Pulse:
+    """Tells all processes when to confer: at the same iterations, about once a second, for it makes them wait.
+
+    Args:
+        process: this one.
+        first: the first iteration after which to confer.
+    """
+
+    def __init__(self, process: Process, first: int):
+        self.process, self.next, self.gap, self.since = process, first, 1, time.monotonic()
+
+    def due(self, iteration: int, urgent: bool) -> bool:
+        """Whether to confer after this iteration; who is alone need not wait where it is urgent."""
+        return iteration >= self.next or (urgent and self.process.world_size == 1)
+
+    def confer(self, iteration: int, values: list[float]) -> list[float]:
+        """Sum of each value over the processes; every rank must call it, whenever a conference is due."""
+        now = time.monotonic()
+        *sums, seconds = self.process.sum([*values, now - self.since])
+        mean = seconds / self.process.world_size  # the same on all
+        self.gap = max(1, min(2 * self.gap, int(self.gap / max(mean, 1e-3))))
+        self.next, self.since = iteration + self.gap, now
+        return sums
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -45,10 +45,10 @@ def ratios(text: str) -> list[float]:
     return list(dict.fromkeys(values))
 
 
-def run_name(cs_ratio: list[float], step_number: int, block_size: int) -> str:
-    """Of a folder of weights, as published: R_0.10_T_3_B_32.
+def run_name(cs_ratio: list[float], step_number: int, block_size: int, between: str = "-") -> str:
+    """Of a folder of weights, as published: R_0.10_T_3_B_32; of several ratios, with `between` between them.
 
     A ratio that two decimals do not hold is written in full, so that it never passes for another one.
     """
     parts = (f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.10g}" for ratio in cs_ratio)
-    return f"R_{'-'.join(parts)}_T_{step_number}_B_{block_size}"
+    return f"R_{between.join(parts)}_T_{step_number}_B_{block_size}"

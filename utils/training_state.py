@@ -1,6 +1,7 @@
-"""What a training run leaves in its folder: checkpoints, and the state from which it goes on as if never stopped."""
+"""What a training run leaves in its folder: checkpoints, and the states from which it goes on as if never stopped."""
 import pickle
 import random
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError, first_line
-from utils.files import write_whole, write_whole_folder
+from utils.files import remove, write_whole, write_whole_folder
 
-_PARTS = {"network", "model", "optimizer", "scaler", "progress", "random", "configuration"}
+_PARTS = {"network", "model", "ema", "optimizer", "scaler", "progress", "random", "configuration", "processes"}
 _PUBLISHED_HEADS = 8  # attention heads leave no trace in the published format, which is always read as having these
 
 
@@ -22,24 +23,57 @@ class Progress:
     """How far a run is; an epoch's mean loss is over the iterations that were not skipped."""
 
     iteration: int = 0
-    loss_sum: float = 0.0
+    crops: int = 0  # that all processes have drawn together
+    loss_sum: float = 0.0  # since the beginning of the epoch
     loss_count: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the whole state of a run, a dictionary with the keys of `_PARTS`, in place of the one at `path`.
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the whole state of a run, a dictionary with the keys of `_PARTS`, into the run's folder.
+
+    The newest state that is there already stays; all others go.
 
     Raises:
-        UserError: where it cannot be written; the file at `path` is then what it was.
+        UserError: where it cannot be written; the states that are there stay.
     """
     if missing := _PARTS - state.keys():
         raise ValueError(f"a training state needs {', '.join(sorted(missing))} as well")
+    path = folder / f"state_{state['progress']['iteration']:08d}.pt"
+    before = [other for other in list_states(folder) if other.name < path.name]
     try:
         write_whole(path, lambda file: torch.save(state, file))
     except UserError as error:
-        raise UserError(f"{error}, then go on with --resume") from error
+        raise UserError(f"{error}, then start the same command again to go on from the last state") from error
+    # What has a higher number was found damaged, or the run would not be back here.
+    for other in {*list_states(folder), *folder.glob(".state_*.partial")} - {path, *before[:1]}:
+        remove(other)
+
+
+def list_states(folder: Path) -> list[Path]:
+    """The states in a run's folder, the newest first."""
+    return sorted((path for path in folder.glob("state_*.pt") if re.fullmatch(r"state_\d{8,}\.pt", path.name)),
+                  reverse=True)
+
+
+def load_newest_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest whole state in a run's folder, onto the CPU, and a sentence about each newer one that is damaged.
+
+    Returns None where there is no state at all.
+
+    Raises:
+        UserError: where there are states, but none is whole.
+    """
+    damaged = []
+    for path in list_states(folder):
+        try:
+            return load_state(path), [f"{reason}; going on from the one before it" for reason in damaged]
+        except UserError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}; remove {folder} to start again")
+    return None, []
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -54,16 +88,15 @@ def load_state(path: Path) -> dict[str, Any]:
         if damaged is None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a whole training state ({first_line(error)}); "
-                        "remove it to start again") from error
+        raise UserError(f"{path} is not a whole training state ({first_line(error)})") from error
     if damaged is not None:
-        raise UserError(f"{path} is damaged (wrong checksum of {damaged}); remove it to start again")
+        raise UserError(f"{path} is damaged (wrong checksum of {damaged})")
     if not isinstance(state, dict) or _PARTS - state.keys():
-        raise UserError(f"{path} is not a training state of this program; remove it to start again")
+        raise UserError(f"{path} is not a training state of this program")
     return state
 
 
-def check_configuration(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Refuse to continue a run with settings that would give another result.
 
     Raises:
@@ -72,7 +105,7 @@ def check_configuration(saved: dict[str, Any], now: dict[str, Any], path: Path) 
     differences = [f"{name} was {saved.get(name)}, is {now.get(name)}"
                    for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
     if differences:
-        raise UserError(f"{path} is of a run with other settings: {'; '.join(differences)}; "
+        raise UserError(f"{folder} holds a run with other settings: {'; '.join(differences)}; "
                         "use the same, or another --model_dir")
 
 

@@ -1,0 +1,144 @@
+"""A training run: what it consists of, where it is, and how it is saved and taken up again."""
+import argparse
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils import training_state
+from utils.datasets import TrainingCrops
+from utils.distributed import Process
+from utils.errors import UserError
+from utils.training_log import TrainingLog
+from utils.training_options import configuration
+from utils.training_state import Progress
+
+
+@dataclass
+class Run:
+    """What a training run consists of."""
+
+    args: argparse.Namespace
+    process: Process
+    crops: TrainingCrops
+    net: nn.Module  # an IDM
+    ema: nn.Module | None  # another, which holds the average of the weights so far
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
+    log: TrainingLog | None = None  # on rank 0
+
+    def __post_init__(self):
+        progress = self.progress
+        # What an iteration adds stays on the device, so that no iteration waits for it: loss, iterations with a finite
+        # one, those without, and how many of these in a row.
+        self.totals = torch.tensor([progress.loss_sum, progress.loss_count, progress.skipped,
+                                    progress.skipped_in_a_row], dtype=torch.float64, device=self.process.device)
+
+    @property
+    def folder(self) -> Path:
+        return self.args.model_dir / self.args.run_name
+
+    @property
+    def best(self) -> nn.Module:
+        """The network to test and to keep."""
+        return self.ema or self.net
+
+    @property
+    def last_iteration(self) -> int:
+        return min(self.args.epoch * self.args.iters_per_epoch, self.args.max_iters or sys.maxsize)
+
+    @property
+    def batches(self) -> int:
+        """That make an iteration, of all processes together."""
+        return self.process.world_size * self.args.accumulate
+
+    @property
+    def slots(self) -> range:
+        """The numbers of this process's batches among those of an iteration.
+
+        All that is drawn depends on the slot and the iteration alone: two processes train as one does that accumulates
+        two batches, and a resumed run repeats what an uninterrupted one would have done.
+        """
+        first = self.process.rank * self.args.accumulate
+        return range(first, first + self.args.accumulate)
+
+    def crop_numbers(self) -> list[range]:
+        """Of every batch that this process is still to see; no two batches of any process share one."""
+        size, left = self.args.batch_size, self.last_iteration - self.progress.iteration
+        starts = (self.progress.crops + (i * self.batches + slot) * size for i in range(left) for slot in self.slots)
+        return [range(start, start + size) for start in starts]
+
+    def report(self, line: str) -> None:
+        """Print and log one line, on rank 0."""
+        if self.log:
+            self.log.line(line)
+
+    def read_totals(self) -> None:
+        """Bring `progress` up to date, with means over all processes; every rank must call it."""
+        totals = [total / self.process.world_size for total in self.process.sum(list(self.totals))]
+        self.progress.loss_sum = totals[0]
+        self.progress.loss_count, self.progress.skipped, self.progress.skipped_in_a_row = map(round, totals[1:])
+
+    def save(self) -> None:
+        """Write all from which the run can go on; every rank must call it."""
+        self.read_totals()
+        random = self.process.gather(training_state.random_states())
+        if self.process.is_main:
+            training_state.save_state(self.folder, {
+                "configuration": configuration(self.args, self.crops.fingerprint()),
+                "processes": self.process.world_size,
+                "network": {name: value for name, value in self.net.config.items() if not name.startswith("_")},
+                "model": self.net.state_dict(),
+                "ema": self.ema.state_dict() if self.ema else None,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": asdict(self.progress),
+                "random": random,
+            })
+
+    def restore(self, state: dict) -> list[str]:
+        """Take up a state, all but its progress; returns what there is to say about it.
+
+        Raises:
+            UserError: where the state is of a run with other settings.
+        """
+        saved, now = dict(state["configuration"]), configuration(self.args, self.crops.fingerprint())
+        before = state["processes"]
+        if before * saved["accumulate"] == self.batches:  # shared out in another way, but the same iteration
+            saved["accumulate"] = now["accumulate"]
+        training_state.check_configuration(saved, now, self.folder)
+        self.net.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.process.rank < len(state["random"]):
+            training_state.restore_random_states(state["random"][self.process.rank])
+        if before == self.process.world_size:
+            return []
+        was = before * state["configuration"]["accumulate"] * self.args.batch_size
+        return [f"{before} process(es) wrote the state, {self.process.world_size} go on; an iteration was {was} crops, "
+                f"and is {self.batches * self.args.batch_size}"]
+
+
+def find_state(args: argparse.Namespace, process: Process) -> tuple[dict | None, list[str]]:
+    """The state in the run's folder, None where the run is new; and what there is to say about it.
+
+    Raises:
+        UserError: where the folder holds a run that cannot go on, or the processes find different states.
+    """
+    folder = args.model_dir / args.run_name
+    if not args.resume and training_state.list_states(folder):
+        raise UserError(f"{folder} holds an earlier run; leave out --no-resume to go on with it, or train into another "
+                        "--model_dir")
+    state, notes = training_state.load_newest_state(folder)
+    done = process.of_all(state["progress"]["iteration"] if state else -1)
+    if len(set(done)) > 1:
+        raise UserError("the processes find different states to go on from; --model_dir must be one folder that all "
+                        "machines share")
+    if state is None and training_state.holds_checkpoint(folder):
+        raise UserError(f"{folder} holds weights but no state to go on from; train into another --model_dir")
+    return state, notes
