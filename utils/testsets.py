@@ -60,6 +60,7 @@ def _sample(file: str) -> Picture:
 
 def _missing(name: str, folder: Path) -> str:
     if name in KNOWN_SETS:
-        return f"there is no folder {folder}: put {name} there, {KNOWN_SETS[name]}; or try the test set Samples"
+        return (f"there is no folder {folder}: put {name} there, {KNOWN_SETS[name]} (python -m utils.download {name} "
+                "fetches it); or try the test set Samples")
     return (f"there is no folder {folder}: a test set is a folder of pictures in {folder.parent}, "
             "or Samples, which needs no files")
