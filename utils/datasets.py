@@ -38,7 +38,7 @@ class TrainingCrops(Dataset):
 
     def __init__(self, folder: str | Path, patch_size: int, seed: int = 2025, rank: int = 0,
                  cache_dir: str | Path | None = None):
-        found = open_pictures(Path(folder), None if cache_dir is None else Path(cache_dir), speak=rank == 0)
+        found = open_pictures(Path(folder), None if cache_dir is None else Path(cache_dir))
         self.pictures = found.at_least(patch_size)
         self.names = self.pictures.names
         unreadable, small = len(found.unreadable), len(found) - len(self.names)

@@ -98,11 +98,10 @@ class MappedFile:
 def open_pictures(
     folder: Path,  # searched recursively
     cache_dir: Path | None = None,  # where the cache file is kept; None decodes everything into memory
-    speak: bool = True,  # whether to say what takes long; who builds the cache shows a progress bar in any case
 ) -> Pictures:
     """All pictures of a folder, from its cache, which is built if there is none that can be used.
 
-    Any number of processes may call this at once: one builds, the others wait for it.
+    Any number of processes may call this at once: one builds, with a progress bar, and the others wait for it.
 
     Raises:
         UserError: where the folder is missing or holds no picture file, where its pictures change while they are
@@ -111,7 +110,7 @@ def open_pictures(
     listing = _list_files(folder)
     if cache_dir is None:
         memory = io.BytesIO()
-        _write(memory, folder, listing, speak)
+        _write(memory, folder, listing, bar=_is_first())
         pixels = np.frombuffer(memory.getbuffer().toreadonly(), np.uint8)
         return _parse(pixels, pixels)
     place = _hash(str(folder.resolve()))
@@ -121,7 +120,7 @@ def open_pictures(
         if path.name in os.listdir(cache_dir):  # not path.exists(), whose "no" NFS would repeat for a while
             with suppress(FileNotFoundError, ValueError):
                 return _load(path, folder)  # needs no lock, nor a folder that can be written into
-        with _alone(cache_dir / f"{place}.lock", folder, speak):
+        with _alone(cache_dir / f"{place}.lock", folder):
             try:
                 return _load(path, folder)
             except FileNotFoundError:
@@ -157,18 +156,18 @@ def _list_files(folder: Path) -> Listing:
 
 def _build(file: BinaryIO, folder: Path, listing: Listing) -> None:
     """Write a cache file, if it can be true to its name."""
-    _write(file, folder, listing, speak=True)
+    _write(file, folder, listing, bar=True)
     if _list_files(folder) != listing:
         raise UserError(f"the pictures in {folder} changed while they were being read; start again when nothing "
                         "writes there any more, or use --no_cache")
 
 
-def _write(file: BinaryIO, folder: Path, listing: Listing, speak: bool) -> None:
+def _write(file: BinaryIO, folder: Path, listing: Listing, bar: bool) -> None:
     """Decode all pictures into `file`, with no more than a few of them in memory."""
     names, shapes, unreadable, checksum = [], [], [], 0
-    with (tqdm(listing, "reading pictures", leave=False, unit=" pictures", disable=None if speak else True) as bar,
+    with (tqdm(listing, "reading pictures", leave=False, unit=" pictures", disable=None if bar else True) as watched,
           closing(_decoded(folder, listing)) as decoded):
-        for name, picture in zip(bar, decoded, strict=True):
+        for name, picture in zip(watched, decoded, strict=True):
             if picture is None:
                 unreadable.append(name)
                 continue
@@ -239,13 +238,13 @@ def _remove_stale(cache_dir: Path, place: str, keep: Path) -> None:
 
 
 @contextmanager
-def _alone(lock_path: Path, folder: Path, speak: bool) -> Iterator[None]:
+def _alone(lock_path: Path, folder: Path) -> Iterator[None]:
     """Hold the lock of a folder's cache, which the operating system takes from a process that ends however it ends."""
     lock = FileLock(lock_path)
     try:
         held = lock.acquire(timeout=5)
     except Timeout:
-        if speak:
+        if _is_first():
             print(f"note: waiting for another process that is reading {folder}", file=sys.stderr, flush=True)
         held = lock.acquire()
     with held:
@@ -263,6 +262,11 @@ def _explained(folder: Path, cache_dir: Path) -> Iterator[None]:
         reason = "it is a file" if isinstance(cause, FileExistsError) else first_line(cause)
         raise UserError(f"cannot keep a cache of the pictures of {folder} in {cache_dir} ({reason}); choose another "
                         "--cache_dir, or --no_cache to read them into memory at each start") from error
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that `torch.distributed.run` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _hash(thing: object) -> str:
