@@ -80,7 +80,7 @@ def default_precision(device: torch.device) -> str:
 
 def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM:
     """The network before training; all ranks get the same."""
-    torch.manual_seed(args.seed)
+    training_state.seed_all(args.seed)
     source, steps = args.base_model, args.step_number
     if source == "compact":
         try:
@@ -124,7 +124,8 @@ def train(run: Run) -> None:
     seeds = (args.seed + slot for slot in run.slots)
     matrices = [sampling_matrix(max(args.cs_ratio.values), args.block_size, seed).to(process.device) for seed in seeds]
     loader = DataLoader(run.crops, batch_sampler=run.crop_numbers(), num_workers=args.num_workers,
-                        worker_init_fn=distributed.ignore_interrupts, pin_memory=process.device.type == "cuda")
+                        worker_init_fn=distributed.ignore_interrupts, pin_memory=process.device.type == "cuda",
+                        generator=torch.Generator())  # its own, that a start draws nothing from everybody's
     with distributed.stop_on_signal() as stop_asked:
         batches = iter(loader)  # in here, so that Ctrl-C does not end a worker that is only starting
         while progress.iteration < run.last_iteration:

@@ -128,3 +128,21 @@ def test_seeds_differ_wherever_one_of_their_numbers_does():
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert distributed.seed_of(1, 2, 3) == distributed.seed_of(1, 2, 3)
+
+
+def test_processes_confer_at_the_same_iterations_about_once_a_second(monkeypatch):
+    """Two processes of different speed, each told the sum over both: 0.02 s an iteration on average."""
+    clock = [0.0]
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: clock[0])
+    process = distributed.Process(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(distributed.Process, "sum", lambda self, values: [2 * value for value in values])
+    pulse, conferred = distributed.Pulse(process, 1), []
+    for iteration in range(1, 401):
+        clock[0] += 0.02
+        if pulse.due(iteration, urgent=True):  # which only one may know of
+            assert pulse.confer(iteration, [1.0]) == [2.0]
+            conferred.append(iteration)
+    gaps = [later - earlier for earlier, later in zip(conferred, conferred[1:], strict=False)]
+    assert gaps[:5] == [2, 4, 8, 16, 32] and set(gaps[6:]) <= {49, 50}
+    alone = distributed.Pulse(distributed.Process(0, 1, torch.device("cpu")), 100)
+    assert alone.due(3, urgent=True) and not alone.due(3, urgent=False) and alone.due(100, urgent=False)

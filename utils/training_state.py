@@ -109,6 +109,13 @@ def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path
                         "use the same, or another --model_dir")
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators, those of all devices."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_states() -> dict[str, Any]:
     """States of Python's, NumPy's, PyTorch's and this process's CUDA generators, of plain types and tensors."""
     name, keys, *rest = np.random.get_state()
