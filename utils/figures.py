@@ -24,7 +24,7 @@ from utils.testsets import Picture
 
 Region = tuple[int, int, int, int]  # x, y, width, height, in pixels from the top left
 
-PAGE_WIDTH, LARGEST_TILE = 7.16, 1.76  # inches; 7.16 is the text width of IEEE's two-column page, 3.5 one column
+PAGE_WIDTH, LARGEST_TILE = 7.16, 1.73  # inches: IEEE's two-column page; two tiles fill one column, 3.5
 MOST_COLUMNS = 7
 GAP, CAPTION = 0.04, 0.3  # inches between tiles, and for the two lines beneath
 INSET = 0.5  # the enlargement's longer side, at most this part of the tile's
@@ -172,8 +172,8 @@ def _caption(axes: Axes, parts: list[Value], line: int) -> None:
     while sum(widths()) > room and written[0].get_fontsize() > SMALLEST_FONT:
         for text in written:
             text.set_fontsize(text.get_fontsize() - 0.5)
-    while sum(widths()) > room and len(texts[0]) > 1:  # a name alone is ever so long
-        texts[0] = texts[0][:-1]
+    while (width := sum(widths())) > room and len(texts[0]) > 1:  # a name alone is ever so long
+        texts[0] = texts[0][:max(1, min(len(texts[0]) - 1, int(len(texts[0]) * room / width)))]
         written[0].set_text(texts[0].rstrip() + "…")
     left = -sum(widths()) / 2
     for text, width in zip(written, widths(), strict=True):

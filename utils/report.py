@@ -27,7 +27,7 @@ def write_report(
     comparison: Comparison,
     pictures: list[Picture],  # the test set, in the comparison's order
     first: list[int],  # the pictures shown first, as indices; the others follow
-    megabytes: float,  # the pictures whose files would make the report larger are left out of it; their scores are not
+    megabytes: float,  # of pictures at most; what comes later is left out, its scores are not
 ) -> list[int]:
     """Write the report, whole or not at all; returns the indices of the pictures that it shows.
 
@@ -38,9 +38,11 @@ def write_report(
                           .replace("{{data}}", "{{pictures}}").split("{{pictures}}"))
 
     def write(file: BinaryIO) -> None:
+        room = megabytes * 1e6
         file.write(start.encode())
         for k, script in _embedded(comparison, pictures, first):
-            if file.tell() + len(script) > megabytes * 1e6:
+            room -= len(script)
+            if room < 0:
                 break
             file.write(script)
             shown.append(k)
@@ -71,7 +73,7 @@ def _data(comparison: Comparison, pictures: list[Picture], shown: list[int]) -> 
         "pictures": comparison.pictures,
         "sizes": [picture.luminance.shape for picture in pictures],
         "sources": [TRUTH, *(method.name for method in comparison.methods)],
-        "shown": sorted(shown) if not shown else [shown[0], *sorted(shown[1:])],
+        "shown": shown,
         "averages": _values(averages_table(comparison)),
         "table": _values(pictures_table(comparison)),
         "notes": lines,
