@@ -4,7 +4,8 @@
 
 The pictures are decoded as they are, and as PNG and BMP files made of them (the Waterloo Exploration Database is BMP).
 All settings give the same crops, which is checked. They take turns, so that a machine whose speed drifts does so for
-all of them; ratios are taken round by round. All files are in the system's page cache by then: no disk is measured.
+all of them; ratios are taken round by round. Where others use the machine, CPU time is the steadier measure. All files
+are in the system's page cache by then: no disk is measured.
 """
 import argparse
 import json
@@ -65,11 +66,11 @@ def main() -> None:
         for size in args.patch_size:
             sources = settings(args.train_dir, Path(scratch), size)
             for workers in args.num_workers:
-                rates = {name: [] for name in sources}
+                measured = {name: [] for name in sources}
                 for _ in range(args.rounds):
                     for name, crops in sources.items():
-                        rates[name].append(crops_per_second(crops, args.batch_size, workers, args.seconds))
-                rows += summary(size, workers, len(crops.names), rates)
+                        measured[name].append(speed(crops, args.batch_size, workers, args.seconds))
+                rows += summary(size, workers, len(crops.names), measured)
     report(args, cache, rows)
 
 
@@ -110,22 +111,26 @@ def settings(train_dir: Path, scratch: Path, size: int) -> dict[str, TrainingCro
     return sources
 
 
-def crops_per_second(crops: TrainingCrops, batch_size: int, workers: int, seconds: float) -> float:
-    """Of a DataLoader in its stride: the first batch, for which workers are started, does not count."""
+def speed(crops: TrainingCrops, batch_size: int, workers: int, seconds: float) -> tuple[float, float]:
+    """Crops per second, and microseconds of this process's CPU time per crop, of a DataLoader in its stride."""
     batches = iter(DataLoader(crops, batch_size, sampler=range(10**9), num_workers=workers))
-    next(batches)
-    start, number = time.perf_counter(), 0
+    next(batches)  # for which workers are started: it does not count
+    start, cpu_start, number = time.perf_counter(), time.process_time(), 0
     while (passed := time.perf_counter() - start) < seconds:
         number += len(next(batches))
-    return number / passed
+    return number / passed, (time.process_time() - cpu_start) / number * 1e6
 
 
-def summary(size: int, workers: int, pictures: int, rates: dict[str, list[float]]) -> list[dict]:
+def summary(size: int, workers: int, pictures: int, measured: dict[str, list[tuple[float, float]]]) -> list[dict]:
+    rates = {name: [rate for rate, _ in pairs] for name, pairs in measured.items()}
     return [{"patch_size": size, "num_workers": workers, "pictures": pictures, "source": name,
              "crops_per_second": round(statistics.median(values)),
              "min": round(min(values)), "max": round(max(values)),
              "times_decoding": round(statistics.median(
-                 value / baseline for value, baseline in zip(values, rates[BASELINE], strict=True)), 2)}
+                 value / baseline for value, baseline in zip(values, rates[BASELINE], strict=True)), 2),
+             # With workers, it is they who do the work.
+             "cpu_microseconds_per_crop": None if workers else round(statistics.median(
+                 cpu for _, cpu in measured[name]))}
             for name, values in rates.items()]
 
 
@@ -142,11 +147,12 @@ def report(args: argparse.Namespace, cache: dict, rows: list[dict]) -> None:
     args.out.write_text(json.dumps({"machine": machine(), "settings": options, "cache": cache, "results": rows},
                                    indent=1) + "\n")
     print(f"{machine()}\n{options}\n{cache}\n"
-          f"{'crop':>5}{'workers':>9}  {'source':20}{'crops/s':>9}{'min':>9}{'max':>9}{'x decoding':>12}")
+          f"{'crop':>5}{'workers':>9}  {'source':20}{'crops/s':>9}{'min':>9}{'max':>9}"
+          f"{'x decoding':>12}{'CPU us/crop':>13}")
     for row in rows:
         print(f"{row['patch_size']:5}{row['num_workers']:9}  {row['source']:20}"
               + "".join(f"{row[key]:9}" for key in ("crops_per_second", "min", "max"))
-              + f"{row['times_decoding']:12.2f}")
+              + f"{row['times_decoding']:12.2f}{row['cpu_microseconds_per_crop'] or '-':>13}")
 
 
 if __name__ == "__main__":
