@@ -1,4 +1,4 @@
-"""Downloads from a server on this machine that truncates, drops, corrupts and lies; Pillow and hashlib are the judges."""
+"""Downloads from a server on this machine that truncates, drops, corrupts and lies; Pillow and hashlib are judges."""
 import hashlib
 import io
 import json
@@ -134,7 +134,7 @@ def made_sets(monkeypatch):
 def home(monkeypatch, server):
     """The server as the home of both sets."""
     monkeypatch.setitem(sources.HOMES, "Set11", sources.Home(server.url + "/raw/{file}", "http://page"))
-    monkeypatch.setitem(sources.HOMES, "DIV2K", sources.Home(server.url + "/valid_HR.zip", "http://page", reach=2))
+    monkeypatch.setitem(sources.HOMES, "DIV2K", sources.Home(server.url + "/valid_HR.zip", "http://page", range(-2, 3)))
     server.files = {f"/raw/{file.replace('ü c', '%C3%BC%20c')}": content for file, content in GREY.items()}
     server.files["/valid_HR.zip"] = zipped({f"HR/{name}.png": encoded(pixels, "PNG")
                                             for name, pixels in ORIGINALS.items()})
@@ -206,7 +206,7 @@ def test_a_cut_is_searched_near_the_centre_alone(shift, inside):
     original = np.random.default_rng(1).integers(0, 256, (50, 45, 3), dtype=np.uint8)  # the centre's corner: 9, 6
     cut = original[9 + shift:41 + shift, 6:38]
     wanted = {"x.png": known(encoded(cut, "PNG"))}
-    match = verify.find(encoded(original, "PNG"), wanted, reach=2)
+    match = verify.find(encoded(original, "PNG"), wanted, range(-2, 3))
     assert (match is not None) is inside
     if inside:
         assert (np.asarray(Image.open(io.BytesIO(match[1]))) == cut).all()
@@ -261,6 +261,8 @@ def test_a_file_that_changed_meanwhile_is_not_patched_together(tmp_path, server,
     server.files, server.faults = {"/x": old}, {"/x": [replace]}
     fetch.fetch(server.url + "/x", tmp_path / "x")
     assert found(tmp_path) == {"x": new}
+    # By If-Range the server itself sends the whole; where only the length tells, a further request is needed.
+    assert [asked for _, asked in server.requests] == [None, "bytes=20000-"] + [None] * (not tag)
 
 
 def test_a_truncating_server_is_given_up_and_what_came_is_kept(tmp_path, monkeypatch, home, capsys):
@@ -460,10 +462,10 @@ def test_bombs_and_fragments_are_refused(tmp_path, monkeypatch, capsys, archive,
 def test_a_picture_of_absurd_size_is_not_decoded(monkeypatch):
     bomb = encoded(np.zeros((100, 100), np.uint8), "PNG")
     header = struct.pack(">II", 60000, 60000)
-    assert verify.find(bomb[:16] + header + bomb[24:], {"x.png": known(bomb)}, 0) is None
+    assert verify.find(bomb[:16] + header + bomb[24:], {"x.png": known(bomb)}) is None
     monkeypatch.setattr(verify, "MAX_PIXELS", 9999)
     monkeypatch.setattr("cv2.imdecode", lambda *_: pytest.fail("it was decoded"))
-    assert verify.find(bomb + b" ", {"x.png": known(bomb)}, 0) is None
+    assert verify.find(bomb + b" ", {"x.png": known(bomb)}) is None
 
 
 # --- what is there -------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def get(
         try:
             for label, file, content in offers(name, list(missing), source, cache):
                 seen += 1
-                found = find(content, missing, HOMES[name].reach)
+                found = find(content, missing, HOMES[name].shifts)
                 if found is not None:
                     write_whole(folder / found[0], found[1])
                     del missing[found[0]]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
+from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
@@ -95,7 +96,7 @@ def _transfer(url: str, partial: Path, limit: int) -> None:
 
 def _receive(response: http.client.HTTPResponse, partial: Path, have: int, known: dict, limit: int) -> None:
     bar = tqdm(total=known.get("length"), initial=have, unit="B", unit_scale=True, unit_divisor=1000, leave=False,
-               disable=None, desc=partial.name.removesuffix(".partial")[-30:])
+               disable=None, desc=unquote(response.url.rpartition("/")[2])[-30:])
     with bar, open(partial, "ab" if have else "wb") as file:
         if not have:
             write_whole(_note(partial), json.dumps(known).encode())  # after the file was emptied: it must never lie

@@ -21,7 +21,7 @@ class Home:
 
     address: str  # of an archive; or of single files, with {file} or {stem} for their names
     page: str  # to look at should the address have moved
-    reach: int = 0  # how far from the originals' centres, in pixels, the set's pictures may be cut
+    shifts: range = range(1)  # by how many pixels, either way, the set's pictures may lie off the originals' centres
 
     @property
     def archive(self) -> str | None:
@@ -29,15 +29,16 @@ class Home:
 
 
 # Written from memory and never tried: what comes from there is believed for its checksums alone.
+# CBSD68's pictures have the 8x8 grid of Berkeley's JPEGs, starting at 0, 0.
 HOMES = {
     "Set11": Home("https://raw.githubusercontent.com/jianzhangcs/ISTA-Net-PyTorch/master/data/Set11/{file}",
                   "https://github.com/jianzhangcs/ISTA-Net-PyTorch"),
     "CBSD68": Home("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/BSDS300-images.tgz",
-                   "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/", reach=17),
+                   "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/", shifts=range(-16, 17, 8)),
     "Urban100": Home("https://raw.githubusercontent.com/jbhuang0604/SelfExSR/master/data/Urban100/image_SRF_4/"
-                     "{stem}_SRF_4_HR.png", "https://github.com/jbhuang0604/SelfExSR", reach=4),
+                     "{stem}_SRF_4_HR.png", "https://github.com/jbhuang0604/SelfExSR", shifts=range(-4, 5)),
     "DIV2K": Home("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip",
-                  "https://data.vision.ee.ethz.ch/cvl/DIV2K/", reach=2),
+                  "https://data.vision.ee.ethz.ch/cvl/DIV2K/", shifts=range(-2, 3)),
 }
 
 

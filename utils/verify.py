@@ -61,7 +61,7 @@ def verdict(
 def find(
     content: bytes,  # of a picture's file
     wanted: Known,
-    reach: int,  # how far from the centre, in pixels, a wanted picture may be cut from a larger one
+    shifts: range = range(1),  # by how many pixels, either way, a wanted picture may lie off the centre of a larger one
 ) -> tuple[str, bytes] | None:
     """(name, content to write) of the wanted file that this is or holds, told by checksums alone; None if none.
 
@@ -76,7 +76,7 @@ def find(
         return None
     by_pixels = {(known["pixels"], tuple(known["shape"]), known["dtype"]): file for file, known in wanted.items()}
     for shape in sorted({tuple(known["shape"]) for known in wanted.values()}):
-        for window in _windows(pixels, shape, reach):
+        for window in _windows(pixels, shape, shifts):
             file = by_pixels.get((_sha256(window), window.shape, str(window.dtype)))
             if file is not None:
                 bgr = window[..., ::-1] if window.ndim == 3 else window
@@ -84,14 +84,13 @@ def find(
     return None
 
 
-def _windows(pixels: np.ndarray, shape: tuple[int, ...], reach: int) -> Iterator[np.ndarray]:
-    """Cut-outs of that shape whose centres are within `reach` of the picture's, either way; the nearest first."""
+def _windows(pixels: np.ndarray, shape: tuple[int, ...], shifts: range) -> Iterator[np.ndarray]:
+    """Cut-outs of that shape at the picture's centre and shifted from there, the nearest first."""
     spare = [have - want for have, want in zip(pixels.shape[:2], shape[:2], strict=True)]
     if pixels.shape[2:] != shape[2:] or min(spare) < 0:
         return
-    steps = itertools.product(range(-reach, reach + 1), repeat=2)
-    for step in sorted(steps, key=lambda step: step[0]**2 + step[1]**2):
-        top, left = (room // 2 + offset for room, offset in zip(spare, step, strict=True))
+    for shift in sorted(itertools.product(shifts, repeat=2), key=lambda shift: shift[0]**2 + shift[1]**2):
+        top, left = (room // 2 + pixel for room, pixel in zip(spare, shift, strict=True))
         if 0 <= top <= spare[0] and 0 <= left <= spare[1]:
             yield np.ascontiguousarray(pixels[top:top + shape[0], left:left + shape[1]])
 
