@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -25,10 +26,9 @@ from utils.errors import UserError
 from utils.evaluation import PRECISIONS
 from utils.learning_rate import learning_rate
 from utils.sampling import sampling_matrix
-from utils.testsets import Picture
 from utils.training_log import TrainingLog
 from utils.training_options import parse_args
-from utils.training_run import Run, find_state
+from utils.training_run import Run, find_state, open_testset
 from utils.training_state import Progress
 
 GIVE_UP_AFTER = 10  # iterations in a row that were skipped; a gradient scaler's start at 65536 is then down to 64
@@ -49,7 +49,10 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     args.precision = args.precision or default_precision(process.device)
     folder = args.model_dir / args.run_name
     state, notes = find_state(args, process)
+    testset, test_notes = open_testset(args, process)
     crops = TrainingCrops(args.train_dir, args.patch_size, args.seed, cache_dir=args.cache_dir)
+    if len(set(process.of_all(zlib.crc32(crops.fingerprint().encode())))) > 1:
+        raise UserError(f"the processes find different pictures in {args.train_dir}; give all machines the same")
     if process.is_main:
         files.make_folder(folder, "--model_dir")
         files.make_folder(args.log_dir, "--log_dir")
@@ -61,12 +64,12 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
         ema = deepcopy(net).requires_grad_(False).eval() if args.ema else None
     run = Run(args, process, crops, net, ema, torch.optim.Adam(net.parameters(), lr=args.learning_rate, fused=True),
               torch.amp.GradScaler(process.device.type, enabled=args.precision == "fp16"),
-              Progress(**state["progress"]) if state else Progress())
+              Progress(**state["progress"]) if state else Progress(), testset)
     if state:
         notes += run.restore(state)
     if process.is_main:
         run.log = TrainingLog(args.log_dir, args.run_name, run.progress.iteration)
-        print(training_report.opening(run, [*notes, crops.notice]), flush=True)
+        print(training_report.opening(run, [*notes, *test_notes, crops.notice]), flush=True)
         if state:
             run.report(f"resumed from iteration {run.progress.iteration}")
     return run
@@ -116,7 +119,6 @@ def train(run: Run) -> None:
         return
     if progress.iteration == 0:
         run.save()  # whatever happens from now on, there is a state; and the disk has room for one
-    testset = training_report.open_testset(run)
     torch.backends.cudnn.benchmark = True  # crops are of one size
     model = process.wrap(run.net.train())
     if args.compile:
@@ -135,7 +137,7 @@ def train(run: Run) -> None:
                 run.report(f"stopped by a signal after iteration {progress.iteration}; the same command goes on from "
                            "there")
                 return
-            finish_epoch(run, epoch, testset)
+            finish_epoch(run, epoch)
 
 
 def compile_blocks(net: IDM) -> None:
@@ -253,7 +255,7 @@ def give_up_if_nothing_is_finite(run: Run) -> None:
                  "--precision fp32")
 
 
-def finish_epoch(run: Run, epoch: training_report.Epoch, testset: list[Picture]) -> None:
+def finish_epoch(run: Run, epoch: training_report.Epoch) -> None:
     """Report, save and test after an epoch, or after the part of one that `--max_iters` leaves."""
     args, progress = run.args, run.progress
     run.read_totals()
@@ -267,8 +269,7 @@ def finish_epoch(run: Run, epoch: training_report.Epoch, testset: list[Picture])
     if run.process.is_main and due:
         training_state.save_checkpoint(run.best, run.folder, epoch.number)
     run.save()  # after the checkpoint: what a state counts as done is all there
-    record["tests"] = {f"{ratio:g}": training_report.test(run, testset, ratio)
-                       for ratio in (args.cs_ratio.to_test if testset else [])}
+    record["tests"] = training_report.test_all(run)
     training_report.log_epoch(run, record)
 
 

@@ -173,7 +173,7 @@ def test_losses_that_are_not_finite_are_skipped_and_counted(call, monkeypatch, t
     progress = read_state(tmp_path)["progress"]
     assert (progress["skipped"], progress["skipped_in_a_row"]) == (1, 0)
     printed = capsys.readouterr().out
-    assert "1 iterations skipped so far" in printed and "note: no test after each epoch" in printed
+    assert "1 iterations skipped so far" in printed and "note       no test after each epoch" in printed
 
 
 def test_a_run_without_finite_losses_ends_and_keeps_its_state(call, monkeypatch, tmp_path, capsys):

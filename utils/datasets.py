@@ -14,7 +14,7 @@ NAMED = 10  # of the files that cannot be read
 
 
 class TrainingCrops(Dataset):
-    """Crop number i of rank r: a function of (seed, r, i) alone, whoever asks, in whatever order.
+    """Crop number i: a function of (seed, i) alone, whoever asks, in whatever order.
 
     So a run that was interrupted goes on with the very crops it would have seen, and the number of workers changes
     nothing. Every picture is decoded once, and kept as uint8 in a file that all processes share, or in memory.
@@ -23,7 +23,6 @@ class TrainingCrops(Dataset):
         folder: searched recursively for pictures.
         patch_size: P, the side of a crop in pixels.
         seed: of the whole run.
-        rank: of this process; each draws other crops.
         cache_dir: where the decoded pictures of the folder are kept, for this run and later ones; None keeps them in
             memory, each process its own.
 
@@ -36,7 +35,7 @@ class TrainingCrops(Dataset):
         UserError: where the folder is missing, no picture in it is of use, or the cache cannot be written.
     """
 
-    def __init__(self, folder: str | Path, patch_size: int, seed: int = 2025, rank: int = 0,
+    def __init__(self, folder: str | Path, patch_size: int, seed: int = 2025,
                  cache_dir: str | Path | None = None):
         found = open_pictures(Path(folder), None if cache_dir is None else Path(cache_dir))
         self.pictures = found.at_least(patch_size)
@@ -49,11 +48,11 @@ class TrainingCrops(Dataset):
         if not self.names:
             raise UserError(f"none of the {total} pictures in {folder} can be used: {left_out}")
         self.notice = f"left out of {total} pictures: {left_out}" if left_out else ""
-        self.patch_size, self.seed, self.rank = patch_size, seed, rank
+        self.patch_size, self.seed = patch_size, seed
 
     def __getitem__(self, index: int) -> Tensor:
         """Crop `index`, any number from 0 on: (1, P, P) uint8."""
-        random, size = np.random.default_rng((self.seed, self.rank, index)), self.patch_size
+        random, size = np.random.default_rng((self.seed, index)), self.patch_size
         picture = self.pictures[random.integers(len(self.pictures))]
         top = random.integers(picture.shape[0] - size + 1)
         left = random.integers(picture.shape[1] - size + 1)

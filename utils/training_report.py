@@ -17,7 +17,7 @@ from utils.evaluation import Result, batch_operator, evaluate_spread, mean_score
 from utils.images import pad_to_multiple
 from utils.learning_rate import learning_rate
 from utils.sampling import sampling_matrix
-from utils.testsets import Picture, load_testset
+from utils.testsets import Picture
 from utils.training_run import Run
 
 POINTS = 50  # of TensorBoard's curves in an epoch
@@ -44,6 +44,8 @@ def opening(run: Run, notes: list[str]) -> str:
         ("training", f"{args.epoch} epochs of {args.iters_per_epoch} iterations{stop}; an iteration is {share}"),
         ("", f"learning rate {args.learning_rate:g} ({args.lr_schedule}{warm_up}), seed {args.seed}"),
         ("machine", f"{process.world_size} process(es) on {device}, {args.precision}, {', '.join(extras)}"),
+        ("tests", f"{len(run.testset)} picture(s) of {args.testset_name} after each epoch, at "
+                  f"{' / '.join(f'{ratio:g}' for ratio in args.cs_ratio.to_test)}" if run.testset else "none"),
         ("files", f"{run.folder}, {args.log_dir / args.run_name}.txt; from {start}"),
         *(("note", note) for note in notes if note),
     ]
@@ -131,19 +133,12 @@ def log_epoch(run: Run, record: dict[str, Any]) -> None:
     run.log.record(record)
 
 
-def open_testset(run: Run) -> list[Picture]:
-    """The pictures to test on; none where there is no such set on any one machine. Every rank must call it."""
-    try:
-        pictures, problem = load_testset(run.args.testset_name, run.args.data_dir), None
-    except UserError as error:
-        pictures, problem = [], error
-    if all(run.process.of_all(len(pictures))):
-        return pictures
-    run.process.print(f"note: no test after each epoch, since {problem or 'another machine has not the pictures'}")
-    return []
+def test_all(run: Run) -> dict[str, dict[str, float]]:
+    """The scores at each ratio, by ratio; every rank must call it."""
+    return {f"{ratio:g}": test(run, ratio) for ratio in (run.args.cs_ratio.to_test if run.testset else [])}
 
 
-def test(run: Run, testset: list[Picture], ratio: float) -> dict[str, float]:
+def test(run: Run, ratio: float) -> dict[str, float]:
     """Average scores of the network as it is, and a few pictures for TensorBoard; every rank must call it.
 
     Returns nothing, and says why, where the test fails: that does not end a training run.
@@ -161,7 +156,7 @@ def test(run: Run, testset: list[Picture], ratio: float) -> dict[str, float]:
 
     net.eval()
     try:
-        scores = mean_scores(evaluate_spread(run.process, net, testset, ratio, args.block_size, args.seed,
+        scores = mean_scores(evaluate_spread(run.process, net, run.testset, ratio, args.block_size, args.seed,
                                              args.precision, net.size_multiple, each=each))
     except UserError as error:
         run.report(f"{label}: test skipped: {error}")

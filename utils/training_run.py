@@ -11,6 +11,7 @@ from utils import training_state
 from utils.datasets import TrainingCrops
 from utils.distributed import Process
 from utils.errors import UserError
+from utils.testsets import Picture, load_testset
 from utils.training_log import TrainingLog
 from utils.training_options import configuration
 from utils.training_state import Progress
@@ -28,6 +29,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress = field(default_factory=Progress)
+    testset: list[Picture] = field(default_factory=list)  # empty: no tests
     log: TrainingLog | None = None  # on rank 0
 
     def __post_init__(self):
@@ -142,3 +144,14 @@ def find_state(args: argparse.Namespace, process: Process) -> tuple[dict | None,
     if state is None and training_state.holds_checkpoint(folder):
         raise UserError(f"{folder} holds weights but no state to go on from; train into another --model_dir")
     return state, notes
+
+
+def open_testset(args: argparse.Namespace, process: Process) -> tuple[list[Picture], list[str]]:
+    """The pictures to test on, none where a machine has no such set; and what there is to say about it."""
+    try:
+        pictures, problem = load_testset(args.testset_name, args.data_dir), "another machine has not the pictures"
+    except UserError as error:
+        pictures, problem = [], error
+    if all(process.of_all(len(pictures))):
+        return pictures, []
+    return [], [f"no test after each epoch, since {problem}"]
