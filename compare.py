@@ -51,8 +51,9 @@ def main() -> None:
     written = write_tables(folder, comparison)
     if chosen:
         from utils.figures import write_figures
-        files = write_figures(folder / "figures", comparison, [pictures[k] for k in chosen], args.region)
-        written += [f"figures/{file}" for file in files]
+        regions = write_figures(folder / "figures", comparison, [pictures[k] for k in chosen], args.region)
+        written += [f"figures/{name}.pdf and .png (region {','.join(map(str, region))})"
+                    for name, region in regions.items()]
     report = folder / "report.html"
     shown = write_report(report, comparison, pictures, chosen, args.report_size)
     note = "" if len(shown) == len(pictures) else f", shows {len(shown)} of {len(pictures)} pictures, see --report_size"

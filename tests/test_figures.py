@@ -96,13 +96,14 @@ def test_files_are_as_wide_as_a_page_and_hold_no_type_3_fonts(tmp_path, monkeypa
     monkeypatch.setattr("utils.figures.DPI", 100)
     names = ["plain", "$x_1$", "a name so long that it would not fit beneath its picture (CVPR 2025)"]
     compared, picture = comparison(tmp_path, (names * 5)[:count])
-    files = write_figures(tmp_path / "out", compared, [picture])
-    assert files == ["pic ü.pdf", "pic ü.png"]
-    pdf = (tmp_path / "out" / files[0]).read_bytes()
+    ((name, region),) = write_figures(tmp_path / "out", compared, [picture]).items()
+    assert name == picture.name
+    assert region[2:] == (12, 12)
+    pdf = (tmp_path / "out" / "pic ü.pdf").read_bytes()
     (box,) = re.findall(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+) ?\]", pdf)
     assert float(box[0]) / 72 == pytest.approx(width, abs=0.01)
     assert float(box[0]) / 72 <= PAGE_WIDTH + 1e-3
-    png = cv2.imdecode(np.fromfile(tmp_path / "out" / files[1], np.uint8), cv2.IMREAD_COLOR)
+    png = cv2.imdecode(np.fromfile(tmp_path / "out" / "pic ü.png", np.uint8), cv2.IMREAD_COLOR)
     assert png.shape[1] == pytest.approx(width * 100, abs=2)
     streams = [zlib.decompressobj().decompress(part) for part in re.findall(
         rb"stream\r?\n(\x78.*?)endstream", pdf, re.DOTALL)]

@@ -39,16 +39,17 @@ def write_figures(
     comparison: Comparison,
     pictures: list[Picture],  # those to draw
     region: Region | None = None,  # what to enlarge in all of them; where the methods differ most, if not given
-) -> list[str]:
-    """Draw one figure for each picture, as PNG and PDF; returns the files' names.
+) -> dict[str, Region]:
+    """Draw one figure for each picture, as NAME.pdf and NAME.png; returns what each enlarges, by the picture's name.
 
     Raises UserError where a file cannot be written.
     """
-    files = []
+    regions = {}
     for picture in pictures:
         scores = [method.scores.get(picture.name) for method in comparison.methods]
         read = [read_picture(score.file) if score else None for score in scores]
-        chosen = region or differing_region(picture.luminance, [entry[0] for entry in read if entry])
+        chosen = regions[picture.name] = region or differing_region(picture.luminance,
+                                                                    [entry[0] for entry in read if entry])
         tiles = [shown_pixels(picture.luminance, picture.ycrcb), *(entry and shown_pixels(*entry) for entry in read)]
         scored = zip(ranked((score and score.psnr for score in scores), 2),
                      ranked((score and score.ssim for score in scores), 4), strict=True)
@@ -58,9 +59,8 @@ def write_figures(
             figure = draw(tiles, ["Ground truth", *(method.name for method in comparison.methods)],
                           [[Value("PSNR (dB) / SSIM")], *captions], chosen)
             for suffix in ("pdf", "png"):
-                files.append(f"{picture.name}.{suffix}")
-                write_whole(folder / files[-1], _rendered(figure, suffix))
-    return files
+                write_whole(folder / f"{picture.name}.{suffix}", _rendered(figure, suffix))
+    return regions
 
 
 def check_region(region: Region, pictures: list[Picture]) -> None:
