@@ -82,12 +82,12 @@ def test_without_a_common_picture_nothing_is_ranked():
 
 def test_what_test_py_recorded_is_a_row_of_its_own_and_never_ranked():
     own = method("own", p=30, q=31, r=32)
-    own.recorded = {"p": Recorded(30.01, 0.31), "q": Recorded(31.02, 0.31), "r": Recorded(32.5, 0.33)}
+    own.recorded = {"p": Recorded(30.01, 0.31), "q": Recorded(31.02, 0.31), "r": Recorded(33, 0.33)}
     table = cells(averages_table(comparison(own, method("b", p=20, q=20, r=20))))
     assert table[1] == ["own", "31.00*", "0.3100*", "3 of 3"]
-    assert table[3] == ["own, in scores.csv", "31.18", "0.3167", "3 of 3"]
+    assert table[3] == ["own, in scores.csv", "31.34", "0.3167", "3 of 3"]
     (line,) = [line for line in notes(comparison(own)) if line.startswith("own: scores.csv")]
-    assert "at most 0.5000 dB (r), and 0.0100 in SSIM; that is more than writing does" in line
+    assert "at most 1.0000 dB (r) and 0.0100 in SSIM; that is more than either does" in line
     own.recorded["r"] = Recorded(32.05, 0.33)
     (line,) = [line for line in notes(comparison(own)) if line.startswith("own: scores.csv")]
     assert "0.0500 dB (r)" in line
