@@ -12,19 +12,22 @@ returned, so that accumulation, hooks, DistributedDataParallel and repeated use 
 
 This file knows nothing of images, operators or diffusion.  f must be deterministic: it is computed twice.
 """
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
+from torch.autograd.graph import get_gradient_edge
 
 
 class Coupling(nn.Module):
     """y₁ = (1 − v) f(x₁, *context) + v x₂, y₂ = x₁, with a learned scalar v.
+
+    Another coupling is a subclass with a `mix` and an `unmix` of its own: the chain needs no more to invert and to
+    differentiate it.
 
     Args:
         body: f, a module that returns a tensor of its first argument's shape.
@@ -36,13 +39,21 @@ class Coupling(nn.Module):
         self.body = body
         self.v = nn.Parameter(torch.full((1,), v))
 
+    def mix(self, fx: Tensor, x2: Tensor) -> Tensor:
+        """y₁ of f(x₁) and x₂."""
+        return (1 - self.v) * fx + self.v * x2
+
+    def unmix(self, fx: Tensor, y1: Tensor) -> Tensor:
+        """x₂ of f(x₁) and y₁."""
+        return (y1 - (1 - self.v) * fx) / self.v
+
     def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         fx = self.body(x1, *context).to(x2.dtype)  # the streams keep their precision, whatever f computes in
-        return (1 - self.v) * fx + self.v * x2, x1
+        return self.mix(fx, x2), x1
 
     def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         fx = self.body(y2, *context).to(y1.dtype)
-        return y2, (y1 - (1 - self.v) * fx) / self.v
+        return y2, self.unmix(fx, y1)
 
 
 class ReversibleChain(nn.ModuleList):
@@ -61,6 +72,7 @@ class ReversibleChain(nn.ModuleList):
         *,
         reversible: bool = True,  # False: plain autograd, which keeps every activation
         store_every: int | None = None,  # keep the streams every k couplings (1: exact); None: invert all
+        keep_last: bool = False,  # keep the last coupling's graph: it is computed once, and held till backward
     ) -> tuple[Tensor, Tensor]:
         contexts = self._contexts(contexts)
         if store_every is not None and store_every < 1:
@@ -71,7 +83,7 @@ class ReversibleChain(nn.ModuleList):
             return x1, x2
         inputs = _Inputs()
         calls = [_Call.of(coupling, context, inputs) for coupling, context in zip(self, contexts, strict=True)]
-        return _Chain.apply(calls, store_every, x1, x2, *inputs.tensors)
+        return _Chain.apply(calls, store_every, keep_last, x1, x2, *inputs.tensors)
 
     def inverse(self, y1: Tensor, y2: Tensor, contexts: Sequence[tuple] | None = None) -> tuple[Tensor, Tensor]:
         """The streams that `forward` made (y1, y2) of."""
@@ -87,12 +99,16 @@ class ReversibleChain(nn.ModuleList):
         return contexts
 
 
+Slot = tuple[dict[str, Tensor | None], str, int]  # where a module keeps a tensor: dictionary, name; and its number
+
+
 class _Inputs:
     """The distinct tensors that a chain reads beside its streams, numbered in order of appearance."""
 
     def __init__(self):
         self.tensors: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}  # by the tensor's id
+        self._slots: dict[int, list[Slot]] = {}  # by the module's id
 
     def number(self, tensor: Tensor) -> int:
         if id(tensor) not in self._numbers:
@@ -100,92 +116,86 @@ class _Inputs:
             self.tensors.append(tensor)
         return self._numbers[id(tensor)]
 
-
-class _Body(nn.Module):
-    """f and the modules in its context under one roof, so that functional_call can reach the parameters of all."""
-
-    def __init__(self, body: nn.Module, context_modules: list[nn.Module]):
-        super().__init__()
-        self.body = body
-        self.context_modules = nn.ModuleList(context_modules)
-
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        return self.body(x, *context)
+    def slots(self, module: nn.Module) -> list[Slot]:
+        """Where the module and those within it keep their parameters and buffers."""
+        if id(module) not in self._slots:
+            self._slots[id(module)] = [
+                (held, name, self.number(tensor)) for part in module.modules()
+                for held in (part._parameters, part._buffers) for name, tensor in held.items() if tensor is not None]
+        return self._slots[id(module)]
 
 
 @dataclass
 class _Call:
-    """One coupling with every tensor it reads replaced by a number into the chain's inputs."""
+    """One coupling and its context, with the tensors it reads replaced by their numbers among the chain's inputs."""
 
     coupling: Coupling
-    body: _Body
-    v: int
-    parameters: dict[str, int]  # and buffers: name in `body` -> number
+    context: list  # None in place of a tensor
     tensors: dict[int, int]  # position in the context -> number
-    others: dict[int, Any]  # position in the context -> what is not a tensor
+    slots: list[list[Slot]]  # of the coupling and of each module in the context
 
     @classmethod
     def of(cls, coupling: Coupling, context: tuple, inputs: _Inputs) -> "_Call":
         for item in context:
             if isinstance(item, Mapping | list | tuple | set):
                 raise TypeError(f"a context holds tensors, modules and constants, not a {type(item).__name__}")
-        body = _Body(coupling.body, [item for item in context if isinstance(item, nn.Module)])
-        named = chain(body.named_parameters(), body.named_buffers())
         return cls(
             coupling=coupling,
-            body=body,
-            v=inputs.number(coupling.v),
-            parameters={name: inputs.number(tensor) for name, tensor in named},
+            context=[None if isinstance(item, Tensor) else item for item in context],
             tensors={i: inputs.number(item) for i, item in enumerate(context) if isinstance(item, Tensor)},
-            others={i: item for i, item in enumerate(context) if not isinstance(item, Tensor)},
+            slots=[inputs.slots(item) for item in (coupling, *context) if isinstance(item, nn.Module)],
         )
 
-    def context(self, tensors: Sequence[Tensor] | dict[int, Tensor]) -> list[Any]:
-        items = self.others | {i: tensors[number] for i, number in self.tensors.items()}
-        return [items[i] for i in range(len(items))]
+    def context_of(self, tensors: Sequence[Tensor]) -> list[Any]:
+        return [tensors[self.tensors[i]] if i in self.tensors else item for i, item in enumerate(self.context)]
 
-    def backward(
+    def graph(
         self,
-        y: tuple[Tensor, Tensor],
-        x2: Tensor | None,  # the second input stream where it was stored, else it is rebuilt
-        grad1: Tensor,
-        grad2: Tensor,
-        tensors: Sequence[Tensor],  # the chain's inputs
-        wanted: Sequence[bool],  # which of them need a gradient
-        autocast: Callable[[], torch.autocast],
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], dict[int, Tensor | None]]:
-        """Invert and differentiate: (x₁, x₂), their gradients, and the gradients of the inputs by number."""
-        y1, y2 = y
-        v = tensors[self.v]
-        # Aliases keep the outer graph, and hooks on the real tensors, out of this inner differentiation.
-        x1 = y2.detach().requires_grad_()
-        numbers = dict.fromkeys([*self.tensors.values(), *self.parameters.values()])
-        alias = {n: tensors[n].detach().requires_grad_(wanted[n]) for n in numbers}
-        with torch.enable_grad(), autocast():
-            parameters = {name: alias[n] for name, n in self.parameters.items()}
-            fx = functional_call(self.body, parameters, (x1, *self.context(alias))).to(y1.dtype)
-        leaves = {n: a for n, a in alias.items() if a.requires_grad}
-        grad_x1, *grads = torch.autograd.grad(fx, [x1, *leaves.values()], (1 - v) * grad1, allow_unused=True) \
-            if fx.requires_grad else [None] * (1 + len(leaves))
-        fx = fx.detach()
-        if x2 is None:
-            x2 = (y1 - (1 - v) * fx) / v
-        by_number = dict(zip(leaves, grads, strict=True))
-        if wanted[self.v]:
-            grad_v = (grad1 * (x2 - fx)).sum().reshape(v.shape)
-            by_number[self.v] = _plus(by_number.get(self.v), grad_v)
-        return (x1.detach(), x2), (_plus(grad_x1, grad2), v * grad1), by_number
+        x1: Tensor,
+        x2: Tensor | None,  # None: rebuilt from y1
+        y1: Tensor | None,
+        leaves: Sequence[Tensor],  # stand-ins for the chain's inputs
+        autocast: torch.autocast,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The coupling with a graph: x₁ and x₂, which are leaves of it, and y₁."""
+        x1 = x1.detach().requires_grad_()
+        with self._reading(leaves):
+            with torch.enable_grad(), autocast:
+                fx = self.coupling.body(x1, *self.context_of(leaves)).to(x1.dtype)
+            x2 = (self.coupling.unmix(fx.detach(), y1) if x2 is None else x2).detach().requires_grad_()
+            with torch.enable_grad():
+                return x1, x2, self.coupling.mix(fx, x2)
+
+    @contextmanager
+    def _reading(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """The modules read the stand-ins in place of those tensors of theirs that need a gradient."""
+        slots = [slot for slots in self.slots for slot in slots if leaves[slot[2]].requires_grad]
+        own = [held[name] for held, name, _ in slots]
+        try:
+            for held, name, number in slots:
+                held[name] = leaves[number]
+            yield
+        finally:
+            for (held, name, _), tensor in zip(slots, own, strict=True):
+                held[name] = tensor
 
 
 class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, calls: list[_Call], store_every: int | None, x1: Tensor, x2: Tensor, *tensors: Tensor):
-        ctx.calls = calls
+    def forward(ctx, calls: list[_Call], store_every: int | None, keep_last: bool, x1: Tensor, x2: Tensor,
+                *tensors: Tensor):
+        ctx.calls, ctx.last = calls, None
         device = x1.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         stored = {0: (x1, x2)} if store_every else {}  # number of couplings passed -> streams
         for passed, call in enumerate(calls, start=1):
-            x1, x2 = call.coupling(x1, x2, *call.context(tensors))
+            if keep_last and passed == len(calls):
+                leaves, own = _leaves(tensors)
+                graph = call.graph(x1, x2, None, leaves, _autocast(ctx))
+                ctx.last = leaves, own, graph
+                x1, x2 = graph[2].detach(), x1
+            else:
+                x1, x2 = call.coupling(x1, x2, *call.context_of(tensors))
             if passed == len(calls) or (store_every and passed % store_every == 0):
                 stored[passed] = (x1, x2)
         ctx.stored = list(stored)
@@ -194,31 +204,43 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad1: Tensor, grad2: Tensor):
-        saved, count = ctx.saved_tensors, len(ctx.needs_input_grad) - 4
-        tensors, streams = saved[:count], saved[count:]
+    def backward(ctx, *grads: Tensor):
+        count = len(ctx.needs_input_grad) - 5
+        tensors, streams = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         stored = dict(zip(ctx.stored, zip(streams[::2], streams[1::2], strict=True), strict=True))
-        wanted = ctx.needs_input_grad[4:]
-        grads: list[Tensor | None] = [None] * count
-
-        def autocast() -> torch.autocast:
-            device, dtype, enabled = ctx.autocast
-            return torch.autocast(device, dtype, enabled, cache_enabled=False)  # each alias is cast once only
-
-        x = None
+        leaves, own, graph = ctx.last or (*_leaves(tensors), None)
+        ctx.last = None  # its graph can be walked once only
+        needed = [leaf for leaf in leaves if leaf.requires_grad]
+        x1 = x2 = None
         for passed in range(len(ctx.calls), 0, -1):
-            y = stored.get(passed, x)
-            x2 = stored[passed - 1][1] if passed - 1 in stored else None
-            x, (grad1, grad2), by_number = ctx.calls[passed - 1].backward(
-                y, x2, grad1, grad2, tensors, wanted, autocast
-            )
-            for number, grad in by_number.items():
-                grads[number] = _plus(grads[number], grad)
-        return None, None, grad1, grad2, *grads
+            if graph is None:
+                y1, y2 = stored.pop(passed, (x1, x2))
+                x2 = stored[passed - 1][1] if passed - 1 in stored else None
+                graph = ctx.calls[passed - 1].graph(y2, x2, y1, leaves, _autocast(ctx))
+            x1, x2, y1 = graph
+            y2 = graph = None
+            y1 = get_gradient_edge(y1)  # of y₁ itself nothing needs to be held while the graph is walked
+            torch.autograd.backward((y1, x1), grads, inputs=[x1, x2, *needed])  # adds to the leaves' gradients
+            grads, x1, x2 = (x1.grad, x2.grad), x1.detach(), x2.detach()
+        found = (leaf.grad if is_own else None for leaf, is_own in zip(leaves, own, strict=True))
+        return None, None, None, *grads, *found
 
 
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a + b, where None stands for zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _leaves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
+    """Stand-ins that keep the outer graph, and hooks on the real tensors, out of the inner differentiation.
+
+    What is a stand-in already, of a chain around this one, serves this one too (then False in the second list): its
+    gradient is added to in place, and not made twice.
+    """
+    own = [tensor.requires_grad and not getattr(tensor, "is_stand_in", False) for tensor in tensors]
+    leaves = [tensor.detach().requires_grad_() if is_own else tensor
+              for tensor, is_own in zip(tensors, own, strict=True)]
+    for leaf, is_own in zip(leaves, own, strict=True):
+        if is_own:
+            leaf.is_stand_in = True
+    return leaves, own
+
+
+def _autocast(ctx) -> torch.autocast:
+    device, dtype, enabled = ctx.autocast
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)  # each stand-in is cast once only

@@ -4,6 +4,9 @@ Left of UNet2DConditionModel are two down blocks and two up blocks, without time
 Around every attention stand two injectors.  Inside a block the features are a pair of streams (x, s·x), which chains of
 couplings carry through and m merges again as x₁ + m·x₂.  The building blocks are diffusers' own modules.
 """
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers import Transformer2DModel
 from diffusers.models.downsampling import Downsample2D
@@ -11,13 +14,17 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from .feed_forward import PartwiseFeedForward
 from .injector import Injector
 from .operators import LinearOperator
+from .precision import FullPrecisionConv2d
 from .reversible import Coupling, ReversibleChain
 
 NORM_GROUPS = 32
 PAIRS_DOWN, PAIRS_UP = 2, 3  # (resnet, attention) pairs in a down block and in an up block
+PLACES_AT_ONCE = 2**14  # of the features, differentiated at once: these fill a GPU, and more only take its memory
 
 Injection = tuple[Tensor, LinearOperator, int]  # back-projection Aᵀy, operator, step t: what every injector reads
 
@@ -41,6 +48,8 @@ class Attention(nn.Module):
         super().__init__()
         self.block = Transformer2DModel(num_attention_heads=heads, attention_head_dim=channels // heads,
                                         in_channels=channels, norm_num_groups=NORM_GROUPS, activation_fn="geglu")
+        (transformer,) = self.block.transformer_blocks
+        transformer.ff = PartwiseFeedForward(transformer.ff)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x, return_dict=False)[0]
@@ -66,9 +75,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor, injection: Injection, reversible: bool) -> tuple[Tensor, list[Tensor]]:
         """(batch, in_channels, h, w) -> features for the next block, and the skips of this one."""
-        if self.entry is not None:
-            x = self.entry(x)
-        x1, x2 = _split(x, self.input_scale)
+        x1, x2 = _recomputed(self._streams, x, reversible=reversible)
         skips = []
         for chain, merge_scale in zip(self.chains, self.merge_scales.split(1), strict=True):
             # The next pair goes on from the streams, not from their merger.
@@ -81,11 +88,15 @@ class DownBlock(nn.Module):
             skips.append(x)
         return x, skips
 
+    def _streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _split(x if self.entry is None else self.entry(x), self.input_scale)
+
 
 class UpBlock(nn.Module):
     """Three pairs (resnet, attention), each taking a skip, merged at the end; then an upsampler where there is one.
 
-    The first resnet stands before the streams, the others are couplings.
+    The first resnet stands before the streams, the others are couplings.  The upsampler is the next block's to call: it
+    is computed again for backward together with that block's beginning, and its wide output is not kept.
     """
 
     def __init__(self, in_channels: int, channels: int, skip_channels: list[int], heads: int, factor: int,
@@ -100,16 +111,19 @@ class UpBlock(nn.Module):
         self.merge_scale = nn.Parameter(torch.zeros(1))  # m
         self.upsample = Upsample2D(channels, use_conv=True) if upsample else None
 
-    def forward(self, x: Tensor, skips: list[Tensor], injection: Injection, reversible: bool) -> Tensor:
-        """(batch, in_channels, h, w) -> (batch, channels, h, w), or (…, 2h, 2w) with an upsampler."""
+    def forward(self, x: Tensor, widen: Callable[[Tensor], Tensor], skips: list[Tensor], injection: Injection,
+                reversible: bool) -> Tensor:
+        """x and widen(x), (batch, in_channels, h, w) -> (batch, channels, h, w)."""
         first, *others = skips
-        x1, x2 = _split(self.entry(x, first), self.input_scale)
+        x1, x2 = _recomputed(self._streams, x, widen, first, reversible=reversible)
         remaining = iter(others)
         kinds = {Injector: lambda: injection, Resnet: lambda: (next(remaining),), Attention: tuple}
         contexts = [kinds[type(coupling.body)]() for coupling in self.chain]
         x1, x2 = self.chain(x1, x2, contexts, reversible=reversible)
-        x = x1 + self.merge_scale * x2
-        return x if self.upsample is None else self.upsample(x)
+        return x1 + self.merge_scale * x2
+
+    def _streams(self, x: Tensor, widen: Callable[[Tensor], Tensor], skip: Tensor) -> tuple[Tensor, Tensor]:
+        return _split(self.entry(widen(x), skip), self.input_scale)
 
 
 class UNet(nn.Module):
@@ -128,7 +142,7 @@ class UNet(nn.Module):
         first = {"heads": heads, "factor": shuffle, "num_steps": num_steps}
         second = {"heads": heads, "factor": 2 * shuffle, "num_steps": num_steps}
         self.shuffle = shuffle
-        self.conv_in = nn.Conv2d(shuffle**2, narrow, kernel_size=3, padding=1)
+        self.conv_in = FullPrecisionConv2d(shuffle**2, narrow, kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList([
             DownBlock(narrow, narrow, downsample=True, **first),
             DownBlock(narrow, wide, downsample=False, **second),
@@ -138,19 +152,27 @@ class UNet(nn.Module):
             UpBlock(wide, narrow, [narrow, narrow, narrow], upsample=False, **first),
         ])
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, narrow, eps=1e-5)
-        self.conv_out = nn.Conv2d(narrow, shuffle**2, kernel_size=3, padding=1)
+        self.conv_out = FullPrecisionConv2d(narrow, shuffle**2, kernel_size=3, padding=1)
         self.reversible = True
 
     def forward(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
+        if not (self.reversible and torch.is_grad_enabled()):
+            return self._noise(x, back_projection, operator, step)
+        samples = max(1, PLACES_AT_ONCE // (x.shape[-2] * x.shape[-1]))
+        parts = zip(x.split(samples), back_projection.split(samples), strict=True)
+        return torch.cat([self._noise(*part, operator, step) for part in parts])
+
+    def _noise(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
         injection = (back_projection, operator, step)
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
             x, new = block(x, injection, self.reversible)
             skips += new
-        x = torch.cat((x, x), dim=1)  # stands for the removed up block, which would deliver twice the width
+        widen = _doubled  # stands for the removed up block, which would deliver twice the width
         for block in self.up_blocks:
-            x = block(x, [skips.pop() for _ in range(PAIRS_UP)], injection, self.reversible)
+            x = block(x, widen, [skips.pop() for _ in range(PAIRS_UP)], injection, self.reversible)
+            widen = block.upsample
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -162,3 +184,14 @@ def _split(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The pair of streams (x, s·x), in the precision of the weights."""
     x = x.to(scale.dtype)
     return x, scale * x
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return torch.cat((x, x), dim=1)
+
+
+def _recomputed(f: Callable, *inputs: Any, reversible: bool) -> Any:
+    """f(*inputs); where the network is reversible, what f computes on the way is computed again for backward."""
+    if reversible and torch.is_grad_enabled():
+        return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return f(*inputs)

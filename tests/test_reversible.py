@@ -1,4 +1,6 @@
 """The reversible engine against plain autograd, in float64 where equality is asked for."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,82 @@ def test_gradients_equal_plain_autograd(store_every):
     assert len(inputs) == 2 + 4 + 5 * 3
     for plain, ours in zip(*gradients, strict=True):
         assert relative(ours, plain) <= 1e-9
+
+
+class Additive(Coupling):
+    """y₁ = f(x₁) + x₂, y₂ = x₁: two of them, with F and G, are the additive coupling of RevNets."""
+
+    def __init__(self, body: nn.Module):
+        nn.Module.__init__(self)
+        self.body = body
+
+    def mix(self, fx: Tensor, x2: Tensor) -> Tensor:
+        return fx + x2
+
+    def unmix(self, fx: Tensor, y1: Tensor) -> Tensor:
+        return y1 - fx
+
+
+def test_another_coupling_is_one_class():
+    torch.manual_seed(0)
+    f, g = Body(6).double(), Body(6).double()
+    chain, (a, b) = ReversibleChain([Additive(f), Additive(g)]), streams()
+    y2, y1 = chain(b, a)
+    expected1 = a + f(b)
+    expected2 = b + g(expected1)
+    assert relative(y1, expected1) <= 1e-12 and relative(y2, expected2) <= 1e-12
+    assert max(relative(x, back) for x, back in zip((b, a), chain.inverse(y2, y1), strict=True)) <= 1e-12
+    inputs = [a, b, *f.linear.parameters(), *g.linear.parameters()]
+    ours = torch.autograd.grad(loss_of(y1, y2), inputs)
+    plain = torch.autograd.grad(loss_of(expected1, expected2), inputs)
+    assert all(relative(x, y) <= 1e-9 for x, y in zip(ours, plain, strict=True))
+
+
+class Nested(nn.Module):
+    """A body that is a chain itself, as a sampling step is, and reads a context of its own in it."""
+
+    def __init__(self, inner: ReversibleChain):
+        super().__init__()
+        self.inner, self.gain = inner, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        y1, y2 = self.inner(x, self.gain * x, [(shared, 2), (), (shared,)], reversible=not self.plain)
+        return y1 + self.gain * y2
+
+    plain = False
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_chains_within_a_chain(keep_last, offloaded):
+    """Also where saved tensors come back as others, as those offloaded to the CPU do."""
+    body = Nested(make_chain(3)).double()
+    chain = ReversibleChain(Coupling(body) for _ in range(3)).double()  # one body in all, as there is one U-Net
+    shared = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [*streams(), shared, body.gain, *(p for name, p in body.inner.named_parameters() if "unused" not in name)]
+    gradients = []
+    for body.plain in (True, False):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone())
+        with hooks if offloaded else nullcontext():
+            y = chain(*inputs[:2], [(shared,)] * 3, reversible=not body.plain, store_every=1, keep_last=keep_last)
+        gradients.append(torch.autograd.grad(loss_of(*y), inputs))
+    assert all(relative(ours, plain) <= 1e-9 for plain, ours in zip(*gradients, strict=True))
+
+
+def test_the_last_coupling_is_computed_once_where_it_is_kept():
+    chain, x, calls = make_chain(3), streams(), []
+    for number, coupling in enumerate(chain):
+        coupling.body.register_forward_hook(lambda module, args, out, number=number: calls.append(number))
+    inputs = [*x, *(p for name, p in chain.named_parameters() if "unused" not in name)]
+    plain = torch.autograd.grad(loss_of(*chain(*x, reversible=False)), inputs)
+    calls.clear()
+    loss = loss_of(*chain(*x, keep_last=True))
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert calls == [0, 1, 2, 1, 0]
+    second = torch.autograd.grad(loss, inputs)  # its graph is gone by now
+    assert calls == [0, 1, 2, 1, 0, 2, 1, 0]
+    for ours in (first, second):
+        assert all(relative(a, b) <= 1e-9 for a, b in zip(ours, plain, strict=True))
 
 
 def test_unused_parameters_get_no_gradient():
@@ -169,8 +247,9 @@ def test_hooks_run_once_on_the_full_gradient():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keep_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_restored_in_backward(dtype, device):
+def test_autocast_is_restored_in_backward(dtype, keep_last, device):
     """Backward, called outside autocast, recomputes what forward computed: equal to plain autograd under autocast."""
     chain, seen = make_chain(4, dtype=torch.float32).to(device), []
     chain[0].body.linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
@@ -179,7 +258,7 @@ def test_autocast_is_restored_in_backward(dtype, device):
     gradients = []
     for reversible in (False, True):
         with torch.autocast(device, dtype):
-            y = chain(*x, reversible=reversible, store_every=1)
+            y = chain(*x, reversible=reversible, store_every=1, keep_last=keep_last)
         assert y[0].dtype == y[1].dtype == torch.float32
         gradients.append(torch.autograd.grad(loss_of(*y), inputs))
     assert seen == [dtype] * 3  # plain forward, reversible forward, recomputation
