@@ -501,6 +501,13 @@ def test_the_verdict_on_a_file(tmp_path, monkeypatch, capsys, content, expected)
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("extra, status", [("notes.txt", 0), (".x.png", 0), ("mine.PNG", 1), ("copy of a.tif", 1)])
+def test_a_further_picture_makes_it_another_set(tmp_path, monkeypatch, capsys, extra, status):
+    put(tmp_path / "data" / "Set11", GREY | {extra: GREY["a.tif"]})
+    assert call(monkeypatch, tmp_path, "--check") == status
+    assert repr(extra) in capsys.readouterr().out
+
+
 def test_a_folder_a_link_and_odd_names_in_the_way(tmp_path, monkeypatch, capsys):
     put(tmp_path / "data" / "Set11", {"b.tif": GREY["b.tif"]})
     (tmp_path / "data" / "Set11" / "a.tif").mkdir()
