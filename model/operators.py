@@ -12,7 +12,12 @@ class LinearOperator(nn.Module):
     """Base of all operators with A Aᵀ = I; a subclass gives `A` and `A_adjoint`.
 
     Being a module it moves with `.to(device)`, and the reversible engine finds its parameters, should it have any.
+
+    Attributes:
+        same_for_all: whether every image of a batch is measured alike, so that a batch may be taken apart.
     """
+
+    same_for_all = False
 
     def A(self, x: Tensor) -> Tensor:
         """Measure images x (batch, 1, H, W)."""
@@ -56,7 +61,7 @@ class BlockCompressedSensing(LinearOperator):
         if permutation.ndim not in (1, 2) or permutation.shape[-1] != pixels:
             raise ValueError(f"the permutation must have {pixels} entries, or be (batch, {pixels}), "
                              f"not {tuple(permutation.shape)}")
-        self.image_shape = (height, width)
+        self.image_shape, self.same_for_all = (height, width), permutation.ndim == 1
         if isinstance(sampling_matrix, nn.Parameter):
             self.sampling_matrix = sampling_matrix
         else:

@@ -156,7 +156,8 @@ class UNet(nn.Module):
         self.reversible = True
 
     def forward(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
-        if not (self.reversible and torch.is_grad_enabled()):
+        apart = getattr(operator, "same_for_all", False)  # another library's operator may hold something of each image
+        if not (self.reversible and torch.is_grad_enabled() and apart):
             return self._noise(x, back_projection, operator, step)
         samples = max(1, PLACES_AT_ONCE // (x.shape[-2] * x.shape[-1]))
         parts = zip(x.split(samples), back_projection.split(samples), strict=True)

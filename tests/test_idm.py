@@ -133,6 +133,19 @@ def test_gradients_where_a_batch_is_differentiated_in_parts(monkeypatch):
         assert all((gradient - plain).norm() <= 1e-9 * plain.norm() + rounding for gradient in ours)
 
 
+def test_a_batch_whose_images_are_measured_differently_is_not_taken_apart(monkeypatch):
+    monkeypatch.setattr(unet, "PLACES_AT_ONCE", 16 * 16)
+    torch.manual_seed(0)
+    net = IDM((32, 64), 1).double()
+    phi = BlockCompressedSensing.random((32, 32), 0.25, 16, torch.Generator().manual_seed(0)).sampling_matrix.double()
+    operator = BlockCompressedSensing(phi, torch.stack([torch.randperm(1024) for _ in range(2)]), (32, 32))
+    y = operator.A(torch.rand(2, 1, 32, 32, dtype=torch.float64)).requires_grad_()
+    gradients = []
+    for net.invertible in ("none", "both"):
+        gradients.append(torch.autograd.grad(net(y, operator).abs().mean(), y)[0])
+    assert (gradients[1] - gradients[0]).norm() <= 1e-9 * gradients[0].norm()
+
+
 class Masked(LinearOperator):
     """y = w x, pixel by pixel, with w a learned parameter, or a buffer with a gradient."""
 

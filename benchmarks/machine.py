@@ -1,0 +1,31 @@
+"""What a measurement was made on."""
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def machine(device: str = "cpu") -> dict[str, str | int | float]:
+    """Names and versions; "load" is how many processes wanted a CPU in the last minute, ours and others'."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else -1.0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's model where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

@@ -1,0 +1,179 @@
+"""Memory of one training step: what it holds beside weights and gradients, by setting, sampling steps T and crop.
+
+    python benchmarks/memory.py                        # counted: tensors without data, so any size in seconds
+    python benchmarks/memory.py --device cuda          # measured: the allocator's peak
+    python benchmarks/memory.py --device cpu --crops 64
+
+Counted or measured on a CPU, every tensor that an operator makes is followed from its making to its end; what an operator
+uses inside itself is not seen. On CUDA it is the peak of what the allocator has handed out. "checkpoint" is plain autograd
+with torch's checkpointing around each resnet, attention and injector. Gradients of the weights, which every setting needs,
+and Adam's two averages are given apart.
+"""
+import argparse
+import json
+import sys
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import machine  # noqa: E402
+from model import IDM, BlockCompressedSensing  # noqa: E402
+from model.injector import Injector  # noqa: E402
+from model.unet import Attention, Resnet  # noqa: E402
+from utils.evaluation import PRECISIONS  # noqa: E402
+
+SETTINGS = ("none", "checkpoint", "sampling", "unet", "both")
+
+
+class FollowTensors(TorchDispatchMode):
+    """Notes when the storage of each new tensor comes and goes."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.living: dict[int, weakref.ref] = {}
+        self.number: dict[int, int] = {}  # of a living storage
+        self.events: list[tuple[int, int]] = []  # (number of the storage, bytes it adds)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size, number = storage._cdata, storage.nbytes(), len(self.events)
+        if key in self.living or key in self.known:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self.events.append((number, -size))
+            del self.living[key], self.number[key]
+
+        self.living[key], self.number[key] = weakref.ref(storage, gone), number
+        self.events.append((number, size))
+
+    def peak(self, without: list[torch.Tensor]) -> int:
+        """The most bytes that lived at once, but for the storages of some tensors that are living now."""
+        left_out = {self.number.get(tensor.untyped_storage()._cdata) for tensor in without}
+        now = most = 0
+        for number, size in self.events:
+            now += 0 if number in left_out else size
+            most = max(most, now)
+        return most
+
+
+def step(net: IDM, operator: BlockCompressedSensing, x: torch.Tensor, precision: str) -> None:
+    with torch.autocast(x.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        x_hat = net(operator.A(x), operator)
+    (x_hat - x).abs().mean().backward()
+
+
+def held(args: argparse.Namespace, setting: str, steps: int, crop: int) -> int:
+    """Bytes that a training step holds at its peak, beside weights, their gradients and the operator."""
+    device = "cpu" if args.device == "counted" else args.device
+    with (FakeTensorMode(allow_non_fake_inputs=True) if args.device == "counted" else nullcontext(),
+          torch.device(device)):
+        net = IDM((args.width, 2 * args.width), steps)
+        net.invertible = "none" if setting == "checkpoint" else setting
+        if setting == "checkpoint":
+            add_checkpoints(net)
+        operator = BlockCompressedSensing(torch.rand(1024, 103), torch.randperm(crop * crop), (crop, crop))
+        x = torch.rand(args.batch_size, 1, crop, crop)
+        if device.startswith("cuda"):
+            step(net, operator, x, args.precision)  # chooses kernels, which takes memory of its own
+            for parameter in net.parameters():
+                parameter.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step(net, operator, x, args.precision)
+            return torch.cuda.max_memory_allocated() - before - gradient_bytes(net)
+        with FollowTensors([*net.parameters(), *operator.buffers(), x]) as follow:
+            step(net, operator, x, args.precision)
+        return follow.peak(without=[parameter.grad for parameter in net.parameters() if parameter.grad is not None])
+
+
+def add_checkpoints(net: IDM) -> None:
+    for module in net.modules():
+        if isinstance(module, Resnet | Attention | Injector):
+            plain = module.forward
+            module.forward = lambda *inputs, plain=plain: checkpoint(plain, *inputs, use_reentrant=False,
+                                                                     preserve_rng_state=False)
+
+
+def gradient_bytes(net: IDM) -> int:
+    return sum(parameter.nbytes for parameter in net.parameters())
+
+
+def measure(args: argparse.Namespace) -> dict:
+    weights = gradient_bytes(IDM((args.width, 2 * args.width), 1))
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "figure", "redraw")}
+    result = {"machine": machine(args.device if args.device.startswith("cuda") else "cpu"), "settings": settings,
+              "weights_mb": weights / 1e6, "adam_mb": 2 * weights / 1e6, "held_mb": {}}
+    print(f"MB beside the weights ({weights / 1e6:.0f}), their gradients (as many) and Adam's averages (twice as many); "
+          f"batch {args.batch_size}, {args.precision}, {args.device}\n"
+          f"{'crop':>5} {'T':>2}" + "".join(f"{setting:>12}" for setting in args.settings) + "   both saves")
+    for crop in args.crops:
+        for steps in args.steps:
+            row = {}
+            for setting in args.settings:
+                try:
+                    row[setting] = held(args, setting, steps, crop) / 1e6
+                except (torch.OutOfMemoryError, MemoryError):
+                    row[setting] = None  # it does not fit
+            result["held_mb"][f"{crop}, T = {steps}"] = row
+            cells = "".join(f"{'no room' if mb is None else f'{mb:.1f}':>12}" for mb in row.values())
+            saved = f"{100 * (1 - row['both'] / row['none']):9.2f} %" if row.get("both") and row.get("none") else ""
+            print(f"{crop:5} {steps:2}{cells}   {saved}", flush=True)
+    return result
+
+
+def draw(result: dict, path: Path) -> None:
+    """Memory against T, a line a setting, at the largest crop."""
+    import matplotlib.pyplot as plt
+
+    settings, crop = result["settings"], max(result["settings"]["crops"])
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for setting in settings["settings"]:
+        points = [(steps, result["held_mb"][f"{crop}, T = {steps}"][setting]) for steps in settings["steps"]]
+        axes.plot(*zip(*((t, mb / 1e3) for t, mb in points if mb is not None), strict=True), marker="o", label=setting)
+    axes.set(xlabel="sampling steps T", ylabel="GB", yscale="log", xticks=settings["steps"],
+             title=f"What a training step holds beside weights and gradients\n(batch {settings['batch_size']} of "
+                   f"{crop}×{crop}, width {settings['width']}, {settings['precision']}, {settings['device']})")
+    axes.grid(alpha=0.3)
+    axes.legend(title="invertible")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--width", type=int, default=320, help="of the first scale; the second has twice as much")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4, 6], help="values of T")
+    parser.add_argument("--crops", type=int, nargs="+", default=[64, 128, 256], help="sides of crops in pixels")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "counted",
+                        help="counted: tensors without data; or cpu, cuda")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "memory.json")
+    parser.add_argument("--figure", type=Path, default=ROOT / "figs" / "memory.png")
+    parser.add_argument("--redraw", action="store_true", help="only draw the figure of --out anew")
+    args = parser.parse_args()
+    if not args.redraw:
+        args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
+    draw(json.loads(args.out.read_text()), args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What the benchmarks count, against what can be told beforehand."""
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.memory import FollowTensors
+from benchmarks.scaling import CountFlops
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_memory_is_that_of_the_tensors_that_live_at_once(fake):
+    """Each exp keeps its result for backward: n of them, and while the last is differentiated two gradients."""
+    n, kilobyte = 10, 1000
+    def layers(x: torch.Tensor, count: int) -> torch.Tensor:
+        for _ in range(count):
+            x = x.exp()
+        return x
+
+    with FakeTensorMode() if fake else nullcontext():
+        weight = torch.nn.Parameter(torch.zeros(250))
+        with FollowTensors([weight]) as follow:
+            layers(weight, n).sum().backward()
+        assert n * kilobyte <= follow.peak(without=[weight.grad]) <= (n + 2) * kilobyte + 100
+        weight.grad = None
+        with FollowTensors([weight]) as follow:  # keeps one of each half, and the five of the half at hand
+            half = checkpoint(layers, weight, 5, use_reentrant=False)
+            checkpoint(layers, half, 5, use_reentrant=False).sum().backward()
+        assert 6 * kilobyte <= follow.peak(without=[weight.grad]) <= 9 * kilobyte + 100
+
+
+def test_operations_are_two_for_each_multiplication_and_addition():
+    with FakeTensorMode():
+        convolution = torch.nn.Conv2d(3, 5, 3, padding=1)
+        x, q = torch.empty(2, 3, 16, 16), torch.empty(1, 4, 64, 8)
+        with CountFlops() as forward:
+            y = convolution(x)
+        with CountFlops() as backward:
+            y.sum().backward()  # with respect to the weight alone
+        with CountFlops() as attention:
+            torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    expected = 2 * 2 * 16 * 16 * 5 * 3 * 9
+    assert (forward.total, backward.total) == (expected, expected)
+    assert attention.total == 2 * 2 * 4 * 64 * 64 * 8
