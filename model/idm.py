@@ -52,6 +52,8 @@ class IDM(ModelMixin, ConfigMixin):
         ValueError: for widths that the group norms, the heads or the injectors do not allow.
     """
 
+    _repeated_blocks = ("Resnet", "Attention")  # what diffusers' compile_repeated_blocks compiles
+
     @register_to_config
     def __init__(
         self,
@@ -114,8 +116,12 @@ class IDM(ModelMixin, ConfigMixin):
         contexts = [(self.unet, operator, y, back_projection, alpha_bar, step)
                     for step in range(self.config.num_steps, 0, -1)]
         x, h = self.steps(x, self.input_scale * x, contexts, store_every=self.store_every,
-                          reversible=self.invertible in ("both", "sampling"))
+                          keep_last=self.store_every is not None, reversible=self.invertible in ("both", "sampling"))
         return x + self.merge_scale * h
+
+    def to(self, *args, **kwargs) -> "IDM":
+        """As of any module; diffusers' own warns of parts kept in float32, of which there are none here."""
+        return nn.Module.to(self, *args, **kwargs)
 
     @classmethod
     def compact(cls, width: int = 64, num_steps: int = 3, shuffle: int = 4) -> "IDM":

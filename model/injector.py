@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .operators import LinearOperator
+from .precision import FullPrecisionConv2d
 
 
 class Injector(nn.Module):
@@ -24,8 +25,8 @@ class Injector(nn.Module):
                              f"the width must be a multiple of {factor**2}")
         self.factor = factor
         folded = channels // factor**2
-        self.lift = nn.ModuleList(nn.Conv2d(folded, 1, kernel_size=1) for _ in range(num_steps))
-        self.unlift = nn.ModuleList(nn.Conv2d(3, folded, kernel_size=1) for _ in range(num_steps))
+        self.lift = nn.ModuleList(FullPrecisionConv2d(folded, 1, kernel_size=1) for _ in range(num_steps))
+        self.unlift = nn.ModuleList(FullPrecisionConv2d(3, folded, kernel_size=1) for _ in range(num_steps))
 
     def forward(
         self,

@@ -17,4 +17,5 @@ class LearnedSchedule(nn.Module):
 
     def forward(self) -> Tensor:
         """(T + 1,): ᾱ_0 = 1, ᾱ_1, …, ᾱ_T."""
-        return torch.cat((self.alpha.new_ones(1), self.alpha.cumprod(0)))
+        alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32))  # products of half precision add up
+        return torch.cat((alpha.new_ones(1), alpha.cumprod(0)))
