@@ -4,10 +4,10 @@
     python benchmarks/memory.py --device cuda          # measured: the allocator's peak
     python benchmarks/memory.py --device cpu --crops 64
 
-Counted or measured on a CPU, every tensor that an operator makes is followed from its making to its end; what an operator
-uses inside itself is not seen. On CUDA it is the peak of what the allocator has handed out. "checkpoint" is plain autograd
-with torch's checkpointing around each resnet, attention and injector. Gradients of the weights, which every setting needs,
-and Adam's two averages are given apart.
+Counted or measured on a CPU, every tensor that an operator makes is followed from its making to its end; what an
+operator uses inside itself is not seen. On CUDA it is the peak of what the allocator has handed out. "checkpoint" is
+plain autograd with torch's checkpointing around each resnet, attention and injector. Gradients of the weights, which
+every setting needs, and Adam's two averages are given apart.
 """
 import argparse
 import json
@@ -118,9 +118,10 @@ def gradient_bytes(net: IDM) -> int:
 def measure(args: argparse.Namespace) -> dict:
     weights = gradient_bytes(IDM((args.width, 2 * args.width), 1))
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "figure", "redraw")}
-    result = {"machine": machine(args.device if args.device.startswith("cuda") else "cpu"), "settings": settings,
+    device = args.device if args.device.startswith("cuda") else "cpu"
+    result = {"machine": machine(device), "settings": settings,
               "weights_mb": weights / 1e6, "adam_mb": 2 * weights / 1e6, "held_mb": {}}
-    print(f"MB beside the weights ({weights / 1e6:.0f}), their gradients (as many) and Adam's averages (twice as many); "
+    print(f"MB beside the weights ({weights / 1e6:.0f}), their gradients (as many), Adam's averages (twice as many); "
           f"batch {args.batch_size}, {args.precision}, {args.device}\n"
           f"{'crop':>5} {'T':>2}" + "".join(f"{setting:>12}" for setting in args.settings) + "   both saves")
     for crop in args.crops:
