@@ -152,7 +152,7 @@ def draw(result: dict, path: Path) -> None:
              title=f"What a training step holds beside weights and gradients\n(batch {settings['batch_size']} of "
                    f"{crop}×{crop}, width {settings['width']}, {settings['precision']}, {settings['device']})")
     axes.grid(alpha=0.3)
-    axes.legend(title="invertible")
+    figure.legend(title="invertible", loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
