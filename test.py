@@ -1,10 +1,12 @@
 """Reconstruct test sets from simulated measurements, print PSNR and SSIM, and write the pictures (paper, section 4).
 
     python test.py --cs_ratio 0.1/0.3/0.5 --testset_name Set11,CBSD68
+    python -m torch.distributed.run --nproc_per_node 4 test.py --cs_ratio 0.1
 """
 import argparse
 import csv
 import io
+import itertools
 import math
 import re
 import sys
@@ -14,61 +16,93 @@ import torch
 from tqdm import tqdm
 
 from model import IDM, WeightsError
-from utils.devices import memory_suffices, open_device
+from utils import distributed
+from utils.devices import memory_suffices
+from utils.distributed import Process
 from utils.errors import UserError, run
-from utils.evaluation import PRECISIONS, Result, Scores, evaluate, mean_scores
+from utils.evaluation import PRECISIONS, Result, Scores, evaluate_spread, mean_scores
 from utils.files import make_folder, remove, write_whole
 from utils.flags import Parser, ratios, run_name, whole
 from utils.images import remove_former, write_reconstruction
 from utils.metrics import SSIM_WINDOW
+from utils.perceptual import Fid, Lpips
+from utils.speed import compile_blocks, pick_precision
 from utils.testsets import Picture, load_testset
+
+METRICS = {"lpips": Lpips, "fid": Fid}
 
 
 def main() -> None:
     args = parse_arguments()
-    device = open_device(args.device)
+    process = distributed.start(args.device)
     weights = {ratio: find_weights(args, ratio) for ratio in args.cs_ratio}
     testsets = {name: load_testset(name, args.data_dir) for name in args.testset_name}
+    metrics = {name: METRICS[name](process.device) for name in args.metrics}
 
     loaded, scores = None, {}
     for ratio in args.cs_ratio:
         if weights[ratio] != loaded:
-            net, loaded = load_network(weights[ratio], args, device), weights[ratio]
+            net, loaded = load_network(weights[ratio], args, process), weights[ratio]
         for name, pictures in testsets.items():
-            results = test(net, name, pictures, ratio, device, args)
-            scores[name, ratio] = mean_scores(results)
-            print(summary(scores[name, ratio], name, ratio), flush=True)
+            scores[name, ratio] = test(process, net, name, pictures, ratio, metrics, args)
+            process.print(summary(scores[name, ratio], name, ratio))
     if len(scores) > 1:
-        print(table(scores))
+        process.print(table(scores))
         if len(set(weights.values())) > 1:
-            print("\n".join(f"{100 * ratio:.10g} %: {path}" for ratio, path in weights.items()))
+            process.print("\n".join(f"{100 * ratio:.10g} %: {path}" for ratio, path in weights.items()))
+    distributed.stop()
 
 
-def test(net: IDM, name: str, pictures: list[Picture], ratio: float, device: torch.device,
-         args: argparse.Namespace) -> list[Result]:
+def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: float,
+         metrics: dict[str, Lpips | Fid], args: argparse.Namespace) -> Scores:
     """Reconstruct one test set at one ratio; write each picture and, at the end, the scores."""
     folder = Path(args.result_dir) / name / f"{100 * ratio:.10g}"
     make_folder(folder, "--result_dir")
-    remove(folder / "scores.csv")  # of a former run: were this one cut short, they would mislead
-    stream = evaluate(net, pictures, ratio, args.block_size, args.seed, device, args.precision,
-                      net.size_multiple)
-    results = []
-    # disable=None: a bar only where stderr is a terminal
-    for picture, result in zip(pictures, tqdm(stream, total=len(pictures), leave=False, disable=None), strict=True):
-        results.append(result)
-        tqdm.write(f"[{len(results):02d}/{len(pictures):02d}] {name}/{result.name}  PSNR: {result.psnr:.2f} dB  "
-                   f"SSIM: {result.ssim:.4f}  {result.seconds:.2f} s")
-        sys.stdout.flush()
-        if math.isnan(result.psnr):
-            tqdm.write(f"warning: the reconstruction of {result.name} is not finite", file=sys.stderr)
-        elif math.isnan(result.ssim):
-            tqdm.write(f"note: {result.name} is smaller than SSIM's window of {SSIM_WINDOW}x{SSIM_WINDOW}, so that its "
-                       "SSIM and the set's average are nan", file=sys.stderr)
-        file = f"{result.name}_PSNR_{result.psnr:.2f}_SSIM_{result.ssim:.4f}.png"
-        write_reconstruction(folder / file, result.reconstruction, picture.ycrcb)
-        remove_former(folder, result.name, keep=file)
-    write_scores(folder / "scores.csv", results)
-    return results
+    if process.is_main:
+        remove(folder / "scores.csv")  # of a former run: were this one cut short, they would mislead
+    precision = args.precision
+    if precision == "auto":
+        precision, reason = pick_precision(process, net, pictures, ratio, args.block_size, args.seed,
+                                           net.size_multiple, args.batch_size)
+        process.print(f"precision {reason}")
+    lpips, fid = metrics.get("lpips"), metrics.get("fid")
+    alone, numbers = process.world_size == 1, itertools.count(1)
+    # disable=None: a bar only where stderr is a terminal; of several processes it is about the first one's share
+    with tqdm(total=math.ceil(len(pictures) / process.world_size), leave=False,
+              disable=None if process.is_main else True) as bar:
+
+        def each(picture: Picture, result: Result) -> None:
+            bar.update()
+            if alone:
+                report(result, next(numbers), len(pictures), name)
+            file = f"{result.name}_PSNR_{result.psnr:.2f}_SSIM_{result.ssim:.4f}.png"
+            write_reconstruction(folder / file, result.reconstruction, picture.ycrcb)
+            remove_former(folder, result.name, keep=file)
+            if fid:
+                fid.add(picture.luminance, result.reconstruction)
+
+        results = evaluate_spread(process, net, pictures, ratio, args.block_size, args.seed, precision,
+                                  net.size_multiple, args.batch_size, {"LPIPS": lpips} if lpips else {}, each)
+    scores = mean_scores(results)
+    if fid:
+        scores.others["FID"] = fid.value()
+    if process.is_main:
+        for result in [] if alone else results:
+            report(result, next(numbers), len(pictures), name)
+        write_scores(folder / "scores.csv", results)
+    return scores
+
+
+def report(result: Result, number: int, count: int, name: str) -> None:
+    """A picture's line, and on stderr what is to be said of its scores."""
+    tqdm.write(f"[{number:02d}/{count:02d}] {name}/{result.name}  PSNR: {result.psnr:.2f} dB  "
+               f"SSIM: {result.ssim:.4f}{more(result.others)}  {result.seconds:.2f} s")
+    sys.stdout.flush()
+    if math.isnan(result.psnr):
+        tqdm.write(f"warning: the reconstruction of {result.name} is not finite", file=sys.stderr)
+    elif math.isnan(result.ssim):
+        tqdm.write(f"note: {result.name} is smaller than SSIM's window of {SSIM_WINDOW}x{SSIM_WINDOW}, so that its "
+                   "SSIM and the set's average are nan", file=sys.stderr)
 
 
 def find_weights(args: argparse.Namespace, ratio: float) -> Path:
@@ -91,38 +125,52 @@ def find_weights(args: argparse.Namespace, ratio: float) -> Path:
                     "train them with train.py, or name others with --weights")
 
 
-def load_network(path: Path, args: argparse.Namespace, device: torch.device) -> IDM:
+def load_network(path: Path, args: argparse.Namespace, process: Process) -> IDM:
     """Load weights and say which; their number of steps is what counts."""
-    net = IDM.from_checkpoint(path).eval()
+    net, device = IDM.from_checkpoint(path).eval(), process.device
     parameters, steps = sum(p.numel() for p in net.parameters()), net.config.num_steps
-    print(f"{path}: {parameters:,} parameters, T = {steps}, on {device} in {args.precision}", flush=True)
+    spread = f", {process.world_size} processes" if process.world_size > 1 else ""
+    process.print(f"{path}: {parameters:,} parameters, T = {steps}, on {device} in {args.precision}{spread}")
     if args.step_number != steps:
-        print(f"these weights are for T = {steps}; --step_number {args.step_number} does not apply", flush=True)
+        process.print(f"these weights are for T = {steps}; --step_number {args.step_number} does not apply")
     with memory_suffices(f"for the network on {device}; choose another --device"):
-        return net.to(device)
+        net.to(device, memory_format=torch.channels_last)  # what GPUs' convolutions take in half precision
+    if args.compile:
+        compile_blocks(net, device)
+    return net
 
 
 def write_scores(path: Path, results: list[Result]) -> None:
-    """Write name, PSNR, SSIM and seconds of each picture, in full precision."""
+    """Write name, PSNR, SSIM and seconds of each picture, and what else was measured, in full precision."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("name", "psnr", "ssim", "seconds"))
-    rows.writerows((result.name, result.psnr, result.ssim, result.seconds) for result in results)
+    rows.writerow(("name", "psnr", "ssim", "seconds", *map(str.lower, results[0].others)))
+    rows.writerows((result.name, result.psnr, result.ssim, result.seconds, *result.others.values())
+                   for result in results)
     write_whole(path, text.getvalue().encode())
 
 
 def summary(scores: Scores, name: str, ratio: float) -> str:
-    return (f"Average PSNR: {scores.psnr:.2f} dB  SSIM: {scores.ssim:.4f}  {scores.seconds:.2f} s an image, "
+    return (f"Average PSNR: {scores.psnr:.2f} dB  SSIM: {scores.ssim:.4f}{more(scores.others)}  "
+            f"{scores.seconds:.2f} s an image, "
             f"over {scores.count} picture{'s' if scores.count > 1 else ''} of {name} at {100 * ratio:.10g} %")
+
+
+def more(others: dict[str, float]) -> str:
+    return "".join(f"  {name}: {value:.4f}" for name, value in others.items())
 
 
 def table(scores: dict[tuple[str, float], Scores]) -> str:
     """Test sets in rows, ratios in columns."""
     names, ratios = (list(dict.fromkeys(keys)) for keys in zip(*scores, strict=True))
-    rows = [["PSNR (dB) / SSIM / seconds an image"] + [f"{100 * ratio:.10g} %" for ratio in ratios]]
+    others = next(iter(scores.values())).others
+    rows = [[" / ".join(("PSNR (dB)", "SSIM", *others, "seconds an image"))]
+            + [f"{100 * ratio:.10g} %" for ratio in ratios]]
     for name in names:
-        cells = (scores[name, ratio] for ratio in ratios)
-        rows.append([name] + [f"{cell.psnr:.2f} / {cell.ssim:.4f} / {cell.seconds:.2f}" for cell in cells])
+        rows.append([name])
+        for cell in (scores[name, ratio] for ratio in ratios):
+            more = [f"{value:.4f}" for value in (cell.ssim, *cell.others.values())]
+            rows[-1].append(" / ".join((f"{cell.psnr:.2f}", *more, f"{cell.seconds:.2f}")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n" + "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -141,9 +189,22 @@ def parse_arguments() -> argparse.Namespace:
     add("--result_dir", default="result", help="folder for reconstructions and scores")
     add("--weights", help="a published .pkl or a folder of train.py, instead of looking in the folder of the weights")
     add("--device", help="cpu, cuda, cuda:1, ...; the first GPU, where there is one, if not given")
-    add("--precision", choices=PRECISIONS, default="fp32", help="what the network computes in")
+    add("--precision", choices=(*PRECISIONS, "auto"), default="fp32",
+        help="what the network computes in; auto: the fastest that costs at most 0.01 dB on the first pictures")
+    add("--batch_size", type=whole(1),
+        help="pictures of one size to reconstruct together; if not given, 1 on a CPU, 8 of 256x256 on a GPU")
+    add("--compile", action="store_true", help="compile the network first; pays for large test sets")
+    add("--metrics", type=metrics, default=[],
+        help="lpips, fid or lpips,fid beside PSNR and SSIM; for those who have torchmetrics and the weights")
     add("--seed", type=whole(0), default=2025, help="of the sampling matrix and the permutations")
     return parser.parse_args()
+
+
+def metrics(text: str) -> list[str]:
+    values = [part.strip().lower() for part in re.split("[/,]", text)]
+    if not all(value in METRICS for value in values):
+        raise argparse.ArgumentTypeError(f"must be {', '.join(METRICS)} or several of them, not {text}")
+    return list(dict.fromkeys(values))
 
 
 def names(text: str) -> list[str]:

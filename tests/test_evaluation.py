@@ -11,7 +11,7 @@ from model.operators import random_sampling_matrix
 from tests.test_distributed import free_port
 from utils import distributed
 from utils.errors import UserError
-from utils.evaluation import Result, batch_operator, evaluate, evaluate_spread, mean_scores, spread
+from utils.evaluation import Result, batch_operator, evaluate, evaluate_spread, mean_scores
 from utils.images import write_reconstruction
 from utils.testsets import Picture, load_testset
 
@@ -184,20 +184,6 @@ def test_a_network_scores_the_same_in_batches_as_one_by_one():
     assert [r.psnr for r in swapped] == pytest.approx([r.psnr for r in three[::-1]], abs=1e-3)
 
 
-def test_the_costliest_jobs_are_spread_first():
-    assert spread([2, 9, 4, 3, 3], 2) == [[0, 1], [2, 3, 4]]
-    assert spread([5, 5, 5], 1) == [[0, 1, 2]]
-    assert spread([1.0], 3) == [[0], [], []]
-    rng = np.random.default_rng(0)
-    for world_size in (2, 3, 8):
-        costs = rng.uniform(1, 50, 100)
-        shares = spread(costs, world_size)
-        assert sorted(sum(shares, [])) == list(range(100))
-        loads = [costs[share].sum() for share in shares]
-        assert max(loads) - min(loads) <= costs.max()  # greedy: the last job went to the least loaded
-        assert max(loads) <= (4 / 3) * max(costs.sum() / world_size, costs.max())  # Graham's bound, longest first
-
-
 def one_rank(rank: int, port: int, folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
@@ -264,9 +250,25 @@ def test_two_processes_find_what_one_does(tmp_path):
             assert np.array_equal(rank[f"picture_{name}"], alone[name].reconstruction)
 
 
+def test_further_metrics_see_what_psnr_sees():
+    seen = []
+    def mean_error(reference, reconstruction):
+        seen.append((reference, reconstruction))
+        return float(np.abs(reference - reconstruction).mean())
+    pictures = [picture("a", 9, 11), picture("b", 9, 11)]
+    results = list(evaluate(lambda y, operator: torch.full((2, 1, 16, 16), 0.5), pictures, 0.5, block_size=8,
+                            batch_size=2, metrics={"mean": mean_error}))
+    for result, original, (reference, reconstruction) in zip(results, pictures, seen, strict=True):
+        assert reference is original.luminance
+        assert np.array_equal(reconstruction, np.full((9, 11), 127.5))
+        assert result.others == {"mean": pytest.approx(np.abs(original.luminance - 127.5).mean(), rel=1e-5)}
+
+
 def test_averages():
     results = [Result("a", 30.0, 0.9, 1.0, None), Result("b", 33.0, 0.7, 2.0, None), Result("c", 36.0, 0.5, 6.0, None)]
-    assert mean_scores(results) == (33.0, pytest.approx(0.7), 3.0, 3)
+    assert mean_scores(results) == (33.0, pytest.approx(0.7), 3.0, 3, {})
     assert math.isnan(mean_scores([*results, Result("d", 1.0, math.nan, 1.0, None)]).ssim)
+    further = [Result(str(value), 30.0, 0.9, 1.0, None, {"LPIPS": value}) for value in (0.2, 0.4)]
+    assert mean_scores(further).others == {"LPIPS": pytest.approx(0.3)}
     with pytest.raises(ValueError, match="no results"):
         mean_scores([])

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ import torch
 from skimage.metrics import structural_similarity
 
 from model import IDM
+from tests.test_distributed import free_port
+from utils import speed
+from utils.distributed import Process
 from utils.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +63,10 @@ def call(monkeypatch, place: Path, *flags: str) -> None:
     run(script.main, script.WeightsError)
 
 
+def alone() -> Process:
+    return Process(0, 1, torch.device("cpu"))
+
+
 def read_scores(folder: Path) -> dict[str, tuple[float, float, float]]:
     with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
@@ -98,6 +106,104 @@ def test_scores_are_those_of_the_written_pictures(place, tmp_path):
     average = np.mean([psnr for psnr, _, _ in scores.values()])
     assert f"Average PSNR: {average:.2f} dB" in lines[5]
     assert "3 pictures" in lines[5]
+
+
+def torchrun(place: Path, *flags: str) -> subprocess.CompletedProcess:
+    """test.py on two processes."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                           str(free_port()), ROOT / "test.py", "--device", "cpu", "--block_size", "8", *flags],
+                          cwd=place, capture_output=True, text=True, encoding="utf-8",
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_print_and_write_what_one_does(place, tmp_path):
+    flags = ("--testset_name", "set/other", "--batch_size", "2", "--step_number", "1")
+    two = torchrun(place, *flags, "--result_dir", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr
+    one = subprocess.run([sys.executable, ROOT / "test.py", "--device", "cpu", "--block_size", "8", *flags,
+                          "--result_dir", tmp_path / "one"], cwd=place, capture_output=True, text=True,
+                         encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert one.returncode == 0, one.stderr
+    lines = [[re.sub(r"[0-9.]+ s\b|/ [0-9.]+$", "", line) for line in run.stdout.splitlines()] for run in (one, two)]
+    assert lines[1][0] == f"{lines[0][0]}, 2 processes"
+    # Of one process, pictures are in the order of their batches; of two, in their own.
+    assert sorted(re.sub(r"^.\d+/", "", line) for line in lines[0][1:]) == \
+           sorted(re.sub(r"^.\d+/", "", line) for line in lines[1][1:])
+    for name in ("set", "other"):
+        a, b = (read_scores(tmp_path / run / name / "10") for run in ("one", "two"))
+        assert {key: repr(row[:2]) for key, row in a.items()} == {key: repr(row[:2]) for key, row in b.items()}
+        files = [{path.name: path.read_bytes() for path in (tmp_path / run / name / "10").glob("*.png")}
+                 for run in ("one", "two")]
+        assert files[0] == files[1] and len(files[0]) == len(a)
+
+
+def test_a_mistake_of_one_process_ends_both(place, tmp_path):
+    """The process that cannot write the picture is not left waiting for the other, nor the other for it."""
+    blocked = tmp_path / "set" / "10"
+    blocked.mkdir(parents=True)
+    (blocked / "scores.csv").write_text("of a former run")
+    (blocked / "grey_PSNR_1.00_SSIM_0.1000.png").mkdir()  # a former result that cannot be removed
+    result = torchrun(place, "--testset_name", "set", "--result_dir", str(tmp_path))
+    assert result.returncode != 0
+    assert "error: cannot remove a former result" in result.stderr
+    assert not (blocked / "scores.csv").exists()
+
+
+def test_auto_precision_says_what_it_picked(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "half_precisions", lambda device: [])
+    call(monkeypatch, place, "--testset_name", "other", "--block_size", "8", "--result_dir", str(tmp_path),
+         "--precision", "auto")
+    assert "\nprecision fp32, since cpu has no instructions for less\n" in capsys.readouterr().out
+
+
+def test_compiled_blocks_score_the_same(place, tmp_path, monkeypatch, capsys):
+    """Pictures of several sizes, and batches of one and two; traced, but not compiled, which would take minutes."""
+    monkeypatch.setattr(speed, "BACKEND", "eager")
+    for run_, flags in (("eager", ()), ("compiled", ("--compile",))):
+        call(monkeypatch, place, "--testset_name", "set/other", "--block_size", "8", "--batch_size", "2",
+             "--result_dir", str(tmp_path / run_), *flags)
+    for name in ("set", "other"):
+        eager, compiled = (read_scores(tmp_path / run_ / name / "10") for run_ in ("eager", "compiled"))
+        for picture, (psnr, *_) in eager.items():
+            assert compiled[picture][0] == pytest.approx(psnr, abs=1e-3)
+
+
+def test_metrics_add_columns_and_averages(place, tmp_path, monkeypatch, capsys):
+    class Mean:
+        def __init__(self, device):
+            self.seen = []
+        def __call__(self, reference, reconstruction):
+            return float(reference.mean())
+        def add(self, reference, reconstruction):
+            self.seen.append(reference.mean())
+        def value(self):
+            return sum(self.seen)
+    monkeypatch.setattr(script, "METRICS", {"lpips": Mean, "fid": Mean})
+    call(monkeypatch, place, "--testset_name", "set", "--block_size", "8", "--result_dir", str(tmp_path),
+         "--metrics", "LPIPS/fid")
+    means = {path.stem: cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED).mean()
+             for path in (place / "data" / "set").iterdir()}
+    with open(tmp_path / "set" / "10" / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"]: float(row["lpips"]) for row in rows} == pytest.approx(means)
+    out = capsys.readouterr().out
+    assert all(f"LPIPS: {mean:.4f}  " in out for mean in means.values())
+    assert f"LPIPS: {np.mean(list(means.values())):.4f}  FID: {sum(means.values()):.4f}  " in out
+
+
+def test_nothing_heavy_is_imported_unless_asked():
+    heavy = ["torchmetrics", "torchvision", "torch_fidelity", "lpips", "tensorboard", "matplotlib", "triton"]
+    code = f"""
+import sys, runpy
+sys.argv = ["test.py", "--help"]
+try:
+    runpy.run_path({str(ROOT / "test.py")!r}, run_name="__main__")
+except SystemExit:
+    pass
+print([name for name in {heavy} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
 
 
 def test_several_sets_and_ratios_end_with_a_table(place, tmp_path, monkeypatch, capsys):
@@ -150,7 +256,7 @@ def test_a_table_of_different_weights_says_which(place, tmp_path, monkeypatch, c
 def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
     for step_number, noted in (([], True), (["--step_number", "1"], False)):  # these are of T = 1; 3 is the default
         monkeypatch.setattr(sys, "argv", ["test.py", *step_number])
-        script.load_network(place / "weight" / "compact", script.parse_arguments(), torch.device("cpu"))
+        script.load_network(place / "weight" / "compact", script.parse_arguments(), alone())
         assert ("--step_number 3 does not apply" in capsys.readouterr().out) == noted
 
 
@@ -164,6 +270,10 @@ def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
     (["--step_number", "-1"], "at least 1, not -1"),
     (["--epoch", "last"], "not last"),
     (["--precision", "fp8"], "fp8"),
+    (["--batch_size", "0"], "at least 1, not 0"),
+    (["--metrics", "psnr"], "not psnr"),
+    (["--metrics", "lpips"], "alexnet-owt-7be5be79.pth"),
+    (["--metrics", "fid"], "weights-inception-2015-12-05-6726825d.pth"),
     (["--no_such_flag"], "--no_such_flag"),
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--device", "abacus"], "--device abacus"),
@@ -181,6 +291,7 @@ def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
     (["--result_dir", "data/set/grey.png"], "grey.png"),
 ])
 def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, message):
+    monkeypatch.setenv("TORCH_HOME", str(place / "nowhere"))
     (place / "data" / "empty").mkdir(exist_ok=True)
     (place / "data" / "broken").mkdir(exist_ok=True)
     (place / "data" / "broken" / "cut.png").write_bytes((place / "data" / "set" / "grey.png").read_bytes()[:-100])

@@ -67,6 +67,14 @@ class Process:
         dist.gather_object(thing, things)
         return things or []
 
+    def all_gather(self, thing: Any) -> list[Any]:
+        """`thing` of every rank, in order of rank, the same list on all."""
+        if not dist.is_initialized():
+            return [thing]
+        things = [None] * self.world_size
+        dist.all_gather_object(things, thing)
+        return things
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Let rank 0 run the body before the others: what it downloads, they find; where it fails, they go on too."""

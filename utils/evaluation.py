@@ -6,13 +6,13 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.operators import BlockCompressedSensing, LinearOperator
@@ -22,13 +22,13 @@ from utils.errors import UserError
 from utils.images import pad_to_multiple
 from utils.metrics import psnr, ssim
 from utils.sampling import sampling_matrix
+from utils.spreading import batches, cost, spread
 from utils.testsets import Picture
 
 Network = Callable[[Tensor, LinearOperator], Tensor]  # (y, operator) -> x_hat (batch, 1, H, W)
+Metric = Callable[[np.ndarray, np.ndarray], float]  # (uint8 luminance, float reconstruction in [0, 255]) -> score
+NO_METRICS: Mapping[str, Metric] = MappingProxyType({})
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Pixels of a picture at which attention takes as many operations as all else: 45,000 for the compact weights' widths
-# and 54,000 for the published ones, by torch.utils.flop_counter and 4 · places² · width for each attention.
-ATTENTION_IS_HALF = 50_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,7 @@ class Result:
     ssim: float  # nan also for pictures smaller than SSIM's window, 7×7
     seconds: float  # the reconstruction alone, without reading, measuring and scoring
     reconstruction: np.ndarray | None  # luminance, float32 (H, W) in [0, 255], not rounded; nan where not finite
+    others: dict[str, float] = field(default_factory=dict)  # what further metrics say, by name
 
 
 class Scores(NamedTuple):
@@ -49,6 +50,7 @@ class Scores(NamedTuple):
     ssim: float
     seconds: float  # an image
     count: int  # images
+    others: dict[str, float] = {}  # of further metrics, by name
 
 
 def evaluate(
@@ -60,16 +62,18 @@ def evaluate(
     device: str | torch.device = "cpu",
     precision: str = "fp32",  # fp32, bf16 or fp16: what autocast computes in
     size_multiple: int = 4,  # the sides the network takes are multiples of it: twice its shuffle factor
-    batch_size: int = 1,  # so many pictures of one padded size are reconstructed together
+    batch_size: int | None = 1,  # so many pictures of one padded size together; None: what suits the device
+    metrics: Mapping[str, Metric] = NO_METRICS,  # further ones, called with luminance and reconstruction
 ) -> Iterator[Result]:
     """Reconstruct pictures from their measurements, batch after batch, yielding the results as they are there.
 
     Batches are in the order of their first pictures; with `batch_size` 1 that is the order of the pictures.
     Raises ValueError for an impossible ratio, size or precision, and UserError where memory runs out.
     """
-    multiple = _side_multiple(block_size, size_multiple)
-    batches = [[pictures[number] for number in batch] for batch in _batches(pictures, multiple, batch_size)]
-    return _evaluate(net, batches, cs_ratio, block_size, seed, torch.device(device), precision, multiple)
+    device, multiple = torch.device(device), _side_multiple(block_size, size_multiple)
+    jobs = batches(_sizes(pictures, multiple), batch_size, device.type)
+    return _evaluate(net, [[pictures[number] for number in job] for job in jobs], cs_ratio, block_size, seed, device,
+                     precision, multiple, metrics)
 
 
 def evaluate_spread(
@@ -81,7 +85,8 @@ def evaluate_spread(
     seed: int = 2025,
     precision: str = "fp32",
     size_multiple: int = 4,
-    batch_size: int = 1,
+    batch_size: int | None = 1,
+    metrics: Mapping[str, Metric] = NO_METRICS,
     each: Callable[[Picture, Result], None] | None = None,  # gets every result as it is there, on its own process
 ) -> list[Result]:
     """`evaluate` on `process.device`, the batches spread over the processes by cost.
@@ -90,13 +95,14 @@ def evaluate_spread(
     (None), since `each` has had them. Batches do not depend on the number of processes, hence the scores do not.
     Raises what `evaluate` and `each` raise; and where one process fails, so do all, that none waits for it.
     """
-    multiple = _side_multiple(block_size, size_multiple)
     _check_same_pictures(process, pictures)
-    batches = _batches(pictures, multiple, batch_size)
-    costs = [sum(_cost(pictures[number], multiple) for number in batch) for batch in batches]
-    mine = [batches[index] for index in spread(costs, process.world_size)[process.rank]]
-    stream = _evaluate(net, [[pictures[number] for number in batch] for batch in mine], cs_ratio, block_size, seed,
-                       process.device, precision, multiple)
+    multiple = _side_multiple(block_size, size_multiple)
+    sizes = _sizes(pictures, multiple)
+    jobs = batches(sizes, batch_size, process.device.type)
+    costs = [sum(cost(sizes[number]) for number in job) for job in jobs]
+    mine = [jobs[number] for number in spread(costs, process.world_size)[process.rank]]
+    stream = _evaluate(net, [[pictures[number] for number in job] for job in mine], cs_ratio, block_size, seed,
+                       process.device, precision, multiple, metrics)
     scores, failure = {}, None
     try:
         for number, result in zip(itertools.chain(*mine), stream, strict=True):
@@ -106,21 +112,15 @@ def evaluate_spread(
     except Exception as error:
         failure = error
     _raise_failures(process, failure)
-    everything = {number: result for part in _of_all(process, scores) for number, result in part.items()}
+    everything = {number: result for part in process.all_gather(scores) for number, result in part.items()}
     return [everything[number] for number in range(len(pictures))]
 
 
-def spread(costs: Sequence[float], world_size: int) -> list[list[int]]:
-    """Which jobs each process does: the costliest first, each to the process with the least to do.
-
-    Returns a list of job numbers, in their order, for each of `world_size` processes; every process finds the same.
-    """
-    shares, loads = [[] for _ in range(world_size)], [0.0] * world_size
-    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
-        least = loads.index(min(loads))
-        shares[least].append(job)
-        loads[least] += costs[job]
-    return [sorted(share) for share in shares]
+def first_batch(pictures: Sequence[Picture], block_size: int, size_multiple: int, batch_size: int | None,
+                device: torch.device) -> list[Picture]:
+    """The pictures that `evaluate` reconstructs first."""
+    sizes = _sizes(pictures, _side_multiple(block_size, size_multiple))
+    return [pictures[number] for number in batches(sizes, batch_size, device.type)[0]]
 
 
 def mean_scores(results: Iterable[Result]) -> Scores:
@@ -128,10 +128,12 @@ def mean_scores(results: Iterable[Result]) -> Scores:
 
     Raises ValueError where there are no results.
     """
-    scores = np.array([(result.psnr, result.ssim, result.seconds) for result in results], dtype=np.float64)
-    if not len(scores):
+    results = list(results)
+    if not results:
         raise ValueError("there are no results to average")
-    return Scores(*scores.mean(axis=0).tolist(), count=len(scores))
+    rows = [(result.psnr, result.ssim, result.seconds, *result.others.values()) for result in results]
+    psnr, ssim, seconds, *others = np.mean(rows, axis=0, dtype=np.float64).tolist()
+    return Scores(psnr, ssim, seconds, len(results), dict(zip(results[0].others, others, strict=True)))
 
 
 def batch_operator(
@@ -151,13 +153,26 @@ def _permutation(file: str, pixels: int, seed: int) -> Tensor:
     return torch.randperm(pixels, generator=generator)
 
 
-def _evaluate(net: Network, batches: list[list[Picture]], cs_ratio: float, block_size: int, seed: int,
-              device: torch.device, precision: str, multiple: int) -> Iterator[Result]:
+def _side_multiple(block_size: int, size_multiple: int) -> int:
+    """Of this the padded sides are multiples, so that blocks and network take them."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, not {block_size}")
+    return math.lcm(block_size, size_multiple)
+
+
+def _sizes(pictures: Sequence[Picture], multiple: int) -> list[tuple[int, int]]:
+    """(H, W) of each picture after padding."""
+    shapes = [picture.luminance.shape for picture in pictures]
+    return [(height + -height % multiple, width + -width % multiple) for height, width in shapes]
+
+
+def _evaluate(net: Network, jobs: list[list[Picture]], cs_ratio: float, block_size: int, seed: int,
+              device: torch.device, precision: str, multiple: int, metrics: Mapping[str, Metric]) -> Iterator[Result]:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision}")
     phi = sampling_matrix(cs_ratio, block_size, seed)
     warm = device.type != "cuda"
-    for batch in batches:
+    for batch in jobs:
         with memory_suffices(_purpose(batch, device)):
             x = torch.stack([pad_to_multiple(torch.from_numpy(picture.luminance)[None].float() / 255, multiple)
                              for picture in batch]).to(device)
@@ -173,10 +188,11 @@ def _evaluate(net: Network, batches: list[list[Picture]], cs_ratio: float, block
         # Clamping would make a plausible white of an overflow: what is not finite becomes nan, and so does the score.
         x_hat = x_hat[:, 0].float()
         x_hat = torch.where(x_hat.isfinite(), x_hat.clamp(0, 1) * 255, torch.nan).cpu().numpy()
-        for picture, padded in zip(batch, x_hat, strict=True):
-            height, width = picture.luminance.shape
-            found = padded[:height, :width]
-            yield Result(picture.name, psnr(picture.luminance, found), ssim(picture.luminance, found), seconds, found)
+        for picture, found in zip(batch, x_hat, strict=True):
+            truth = picture.luminance
+            found = found[:truth.shape[0], :truth.shape[1]]
+            yield Result(picture.name, psnr(truth, found), ssim(truth, found), seconds, found,
+                         {name: metric(truth, found) for name, metric in metrics.items()})
 
 
 def _purpose(batch: list[Picture], device: torch.device) -> str:
@@ -189,60 +205,19 @@ def _purpose(batch: list[Picture], device: torch.device) -> str:
             "--precision")
 
 
-def _batches(pictures: Sequence[Picture], multiple: int, batch_size: int) -> list[list[int]]:
-    """Numbers of the pictures to reconstruct together, of one padded size, in the order of the first of each batch."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    batches, open_batch = [], {}
-    for number, picture in enumerate(pictures):
-        size = _padded(picture, multiple)
-        if size not in open_batch or len(open_batch[size]) == batch_size:
-            open_batch[size] = []
-            batches.append(open_batch[size])
-        open_batch[size].append(number)
-    return batches
-
-
-def _side_multiple(block_size: int, size_multiple: int) -> int:
-    """Sides of this multiple suit blocks and network."""
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, not {block_size}")
-    return math.lcm(block_size, size_multiple)
-
-
-def _padded(picture: Picture, multiple: int) -> tuple[int, int]:
-    height, width = picture.luminance.shape
-    return height + -height % multiple, width + -width % multiple
-
-
-def _cost(picture: Picture, multiple: int) -> float:
-    """Of a picture's reconstruction, in arbitrary units: attention compares all places with all."""
-    pixels = math.prod(_padded(picture, multiple))
-    return pixels * (1 + pixels / ATTENTION_IS_HALF)
-
-
 def _check_same_pictures(process: Process, pictures: Sequence[Picture]) -> None:
-    lists = _of_all(process, [(picture.name, picture.luminance.shape) for picture in pictures])
+    lists = process.all_gather([(picture.name, picture.luminance.shape) for picture in pictures])
     if any(other != lists[0] for other in lists):
         raise UserError("the processes found different pictures; --data_dir must be one folder that all machines share")
 
 
 def _raise_failures(process: Process, failure: Exception | None) -> None:
     """Raise this process's failure, else another's: of the user's mistakes the sentence, of others where to look."""
-    said = _of_all(process, failure and (isinstance(failure, UserError), str(failure)))
+    said = process.all_gather(failure and (isinstance(failure, UserError), str(failure)))
     if failure is not None:
         raise failure
     for rank, (mistake, message) in ((rank, what) for rank, what in enumerate(said) if what):
         raise UserError(message) if mistake else RuntimeError(f"process {rank} failed: {message}")
-
-
-def _of_all(process: Process, thing: Any) -> list[Any]:
-    """`thing` of every process, in order of rank, the same list on all."""
-    if process.world_size == 1:
-        return [thing]
-    things = [None] * process.world_size
-    dist.all_gather_object(things, thing)
-    return things
 
 
 @torch.inference_mode()
