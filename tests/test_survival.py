@@ -145,7 +145,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_leaves_the_last_state(pict
     subprocess.run([*command, "--max_iters", "2"], env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
     folder = tmp_path / "weight" / NAME
     before = {path.name: path.read_bytes() for path in folder.glob("state_*")}
-    assert sorted(before) == ["state_00000001.pt", "state_00000002.pt"]
+    assert len(before) == 2 and "state_00000002.pt" in before
     limit = len(before["state_00000002.pt"]) - 1
 
     def small_files() -> None:
