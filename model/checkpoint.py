@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .injector import Injector
 from .reversible import ReversibleChain
-from .unet import NORM_GROUPS, Attention, DownBlock, Resnet, UpBlock
+from .unet import Attention, DownBlock, Resnet, UpBlock
 from .weight_files import (
     State,
     WeightsError,
@@ -29,7 +29,8 @@ from .weight_files import (
 if TYPE_CHECKING:
     from .idm import IDM
 
-DEFAULT_HEADS = 8  # attention heads leave no trace in the weights; Stable Diffusion v1.5 has 8
+DEFAULT_HEADS = 8  # neither attention heads nor groups leave a trace in the weights; these are Stable Diffusion v1.5's
+NORM_GROUPS = 32
 
 # --- names ---------------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,7 @@ def official_config(state: State, path: Path) -> dict[str, Any]:
         "num_steps": len(alpha),
         "shuffle": shuffle(state, path, "unet."),
         "num_attention_heads": DEFAULT_HEADS,
+        "norm_groups": NORM_GROUPS,
     }
 
 

@@ -7,11 +7,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import checkpoint
+from . import checkpoint, compact_start
 from .operators import LinearOperator
 from .reversible import Coupling, ReversibleChain
 from .schedule import LearnedSchedule
-from .unet import NORM_GROUPS, UNet
+from .unet import UNet
 
 INVERTIBLE = ("both", "sampling", "unet", "none")
 
@@ -47,6 +47,7 @@ class IDM(ModelMixin, ConfigMixin):
         num_steps: T, sampling steps.
         shuffle: s, where s×s pixels are folded into channels before the U-Net (published: 2).
         num_attention_heads: of every attention (published: 8).
+        norm_groups: of every group norm (published: 32).
 
     Raises:
         ValueError: for widths that the group norms, the heads or the injectors do not allow.
@@ -61,10 +62,11 @@ class IDM(ModelMixin, ConfigMixin):
         num_steps: int = 3,
         shuffle: int = 2,
         num_attention_heads: int = 8,
+        norm_groups: int = 32,
     ):
         super().__init__()
-        _check_architecture(block_out_channels, num_steps, shuffle, num_attention_heads)
-        self.unet = UNet(tuple(block_out_channels), num_steps, shuffle, num_attention_heads)
+        _check_architecture(block_out_channels, num_steps, shuffle, num_attention_heads, norm_groups)
+        self.unet = UNet(tuple(block_out_channels), num_steps, shuffle, num_attention_heads, norm_groups)
         self.schedule = LearnedSchedule(num_steps)
         self.input_scale = nn.Parameter(torch.ones(1))  # s_in
         self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
@@ -127,14 +129,25 @@ class IDM(ModelMixin, ConfigMixin):
     def compact(cls, width: int = 64, num_steps: int = 3, shuffle: int = 4) -> "IDM":
         """Fresh weights at small widths (width, 2 · width), one attention head for 32 channels of the first.
 
-        They start at the back-projection: no noise is estimated, and little of x̂_t passes a step by.  (From v = 0.5,
-        half of the last but one estimate would be left in the result, until training has brought v down.)
+        One group for every group norm: 32 groups of a few channels each would take the scale out of nearly every one.
+        The start is a rough reconstruction where the first scale has room for it (see `compact_start`), and no
+        estimated noise where not; the first step lets ε lose as much as it is worth less in the second, and little of
+        x̂_t passes by the others.
         """
-        net = cls((width, 2 * width), num_steps, shuffle, num_attention_heads=max(1, width // NORM_GROUPS))
-        nn.init.zeros_(net.unet.conv_out.weight)
-        nn.init.zeros_(net.unet.conv_out.bias)
+        net = cls((width, 2 * width), num_steps, shuffle, num_attention_heads=max(1, width // 32), norm_groups=1)
+        levels = compact_start.noise_levels(num_steps)
+        alpha_bar = 1 / (1 + levels**2)
+        with torch.no_grad():
+            net.schedule.alpha.copy_(torch.cat((alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1])))
         for coupling in net.steps:
-            nn.init.constant_(coupling.v, 0.1)
+            nn.init.constant_(coupling.v, 0.01)
+        if num_steps > 1:
+            nn.init.constant_(net.steps[0].v, 1 - float(levels[-1] / levels[-2]))
+        if width >= compact_start.IMAGES * shuffle**2:
+            compact_start.start_as_reconstruction(net.unet, levels)
+        else:
+            nn.init.zeros_(net.unet.conv_out.weight)
+            nn.init.zeros_(net.unet.conv_out.bias)
         return net
 
     @classmethod
@@ -156,24 +169,32 @@ class IDM(ModelMixin, ConfigMixin):
         path = Path(path)
         return checkpoint.read_pretrained(cls, path) if path.is_dir() else checkpoint.build_official(cls, path)
 
+    @property
+    def fits_official_format(self) -> bool:
+        """Whether heads and groups, of which the published format keeps no trace, are the published ones."""
+        return (self.config.num_attention_heads == checkpoint.DEFAULT_HEADS
+                and self.config.norm_groups == checkpoint.NORM_GROUPS)
+
     def official_state_dict(self) -> dict[str, Tensor]:
         """The published checkpoint format: every module of a chain under both of its names, sharing memory.
 
-        Raises ValueError where the number of attention heads, of which the format keeps no trace, is not the published.
+        Raises ValueError where the network does not fit the format.
         """
-        if self.config.num_attention_heads != checkpoint.DEFAULT_HEADS:
-            raise ValueError(f"the published format means {checkpoint.DEFAULT_HEADS} attention heads, "
-                             f"not {self.config.num_attention_heads}; use save_pretrained")
+        if not self.fits_official_format:
+            raise ValueError(f"the published format means {checkpoint.DEFAULT_HEADS} attention heads and "
+                             f"{checkpoint.NORM_GROUPS} groups, not {self.config.num_attention_heads} and "
+                             f"{self.config.norm_groups}; use save_pretrained")
         return {name: tensor.detach() for name, tensor in checkpoint.official_names(self)}
 
 
-def _check_architecture(widths: tuple[int, int], num_steps: int, shuffle: int, heads: int) -> None:
+def _check_architecture(widths: tuple[int, int], num_steps: int, shuffle: int, heads: int, groups: int) -> None:
     if len(widths) != 2:
         raise ValueError(f"block_out_channels must be two widths, not {tuple(widths)}")
+    if groups < 1 or heads < 1:
+        raise ValueError(f"norm_groups and num_attention_heads must be at least 1, not {groups} and {heads}")
     for width in widths:
-        if width < 1 or width % NORM_GROUPS or width % heads:
-            raise ValueError(f"widths must be multiples of {NORM_GROUPS} (group norm) and of the {heads} heads, "
-                             f"not {width}")
+        if width < 1 or width % groups or width % heads:
+            raise ValueError(f"widths must be multiples of the {groups} groups and of the {heads} heads, not {width}")
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, not {num_steps}")
     if shuffle < 1:

@@ -18,4 +18,5 @@ class LearnedSchedule(nn.Module):
     def forward(self) -> Tensor:
         """(T + 1,): ᾱ_0 = 1, ᾱ_1, …, ᾱ_T."""
         alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32))  # products of half precision add up
-        return torch.cat((alpha.new_ones(1), alpha.cumprod(0)))
+        # Training may bring an α past 1, where √(1 − ᾱ) is nan; close below, its derivative has no bound.
+        return torch.cat((alpha.new_ones(1), alpha.cumprod(0).clamp(max=1 - 1e-4)))

@@ -22,7 +22,6 @@ from .operators import LinearOperator
 from .precision import FullPrecisionConv2d
 from .reversible import Coupling, ReversibleChain
 
-NORM_GROUPS = 32
 PAIRS_DOWN, PAIRS_UP = 2, 3  # (resnet, attention) pairs in a down block and in an up block
 PLACES_AT_ONCE = 2**14  # of the features, differentiated at once: these fill a GPU, and more only take its memory
 
@@ -32,10 +31,10 @@ Injection = tuple[Tensor, LinearOperator, int]  # back-projection Aᵀy, operato
 class Resnet(nn.Module):
     """Residual convolutions, on the features with a skip concatenated behind them where there is one."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
         super().__init__()
         self.block = ResnetBlock2D(in_channels=in_channels, out_channels=out_channels, temb_channels=None,
-                                   groups=NORM_GROUPS, eps=1e-5, non_linearity="silu")
+                                   groups=norm_groups, eps=1e-5, non_linearity="silu")
 
     def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
         return self.block(torch.cat((x, *skip), dim=1) if skip else x, None)
@@ -44,10 +43,10 @@ class Resnet(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all places, then a feed-forward, each with its residual."""
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, norm_groups: int):
         super().__init__()
         self.block = Transformer2DModel(num_attention_heads=heads, attention_head_dim=channels // heads,
-                                        in_channels=channels, norm_num_groups=NORM_GROUPS, activation_fn="geglu")
+                                        in_channels=channels, norm_num_groups=norm_groups, activation_fn="geglu")
         (transformer,) = self.block.transformer_blocks
         transformer.ff = PartwiseFeedForward(transformer.ff)
 
@@ -61,14 +60,15 @@ class DownBlock(nn.Module):
     A resnet that changes the width stands before the streams; all others are couplings.
     """
 
-    def __init__(self, in_channels: int, channels: int, heads: int, factor: int, num_steps: int, downsample: bool):
+    def __init__(self, in_channels: int, channels: int, heads: int, norm_groups: int, factor: int, num_steps: int,
+                 downsample: bool):
         super().__init__()
-        self.entry = Resnet(in_channels, channels) if in_channels != channels else None
+        self.entry = Resnet(in_channels, channels, norm_groups) if in_channels != channels else None
         self.input_scale = nn.Parameter(torch.ones(1))  # s
         self.chains = nn.ModuleList()
         for pair in range(PAIRS_DOWN):
-            resnet = [] if pair == 0 and self.entry is not None else [Resnet(channels, channels)]
-            bodies = [*resnet, *_injected_attention(channels, heads, factor, num_steps)]
+            resnet = [] if pair == 0 and self.entry is not None else [Resnet(channels, channels, norm_groups)]
+            bodies = [*resnet, *_injected_attention(channels, heads, norm_groups, factor, num_steps)]
             self.chains.append(ReversibleChain(map(Coupling, bodies)))
         self.merge_scales = nn.Parameter(torch.zeros(PAIRS_DOWN))  # m of each pair
         self.downsample = Downsample2D(channels, use_conv=True, padding=1, name="op") if downsample else None
@@ -99,14 +99,15 @@ class UpBlock(nn.Module):
     is computed again for backward together with that block's beginning, and its wide output is not kept.
     """
 
-    def __init__(self, in_channels: int, channels: int, skip_channels: list[int], heads: int, factor: int,
-                 num_steps: int, upsample: bool):
+    def __init__(self, in_channels: int, channels: int, skip_channels: list[int], heads: int, norm_groups: int,
+                 factor: int, num_steps: int, upsample: bool):
         super().__init__()
-        self.entry = Resnet(in_channels + skip_channels[0], channels)
+        self.entry = Resnet(in_channels + skip_channels[0], channels, norm_groups)
         self.input_scale = nn.Parameter(torch.ones(1))  # s
-        bodies = _injected_attention(channels, heads, factor, num_steps)
+        attention = channels, heads, norm_groups, factor, num_steps
+        bodies = _injected_attention(*attention)
         for skip in skip_channels[1:]:
-            bodies += [Resnet(channels + skip, channels), *_injected_attention(channels, heads, factor, num_steps)]
+            bodies += [Resnet(channels + skip, channels, norm_groups), *_injected_attention(*attention)]
         self.chain = ReversibleChain(map(Coupling, bodies))
         self.merge_scale = nn.Parameter(torch.zeros(1))  # m
         self.upsample = Upsample2D(channels, use_conv=True) if upsample else None
@@ -130,17 +131,18 @@ class UNet(nn.Module):
     """The noise estimator ε, (batch, shuffle², h, w) -> the same shape; h and w even.
 
     Args:
-        block_out_channels: widths of the two scales, multiples of 32 and of heads.
+        block_out_channels: widths of the two scales, multiples of heads and of norm_groups.
         num_steps: T, how many sampling steps the injectors have weights for.
         shuffle: side of the image by side of the features at the first scale.
         heads: attention heads.
+        norm_groups: groups of every group norm.
     """
 
-    def __init__(self, block_out_channels: tuple[int, int], num_steps: int, shuffle: int, heads: int):
+    def __init__(self, block_out_channels: tuple[int, int], num_steps: int, shuffle: int, heads: int, norm_groups: int):
         super().__init__()
         wide, narrow = block_out_channels[1], block_out_channels[0]
-        first = {"heads": heads, "factor": shuffle, "num_steps": num_steps}
-        second = {"heads": heads, "factor": 2 * shuffle, "num_steps": num_steps}
+        first = {"heads": heads, "norm_groups": norm_groups, "factor": shuffle, "num_steps": num_steps}
+        second = {**first, "factor": 2 * shuffle}
         self.shuffle = shuffle
         self.conv_in = FullPrecisionConv2d(shuffle**2, narrow, kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList([
@@ -151,7 +153,7 @@ class UNet(nn.Module):
             UpBlock(2 * wide, wide, [wide, wide, narrow], upsample=True, **second),
             UpBlock(wide, narrow, [narrow, narrow, narrow], upsample=False, **first),
         ])
-        self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, narrow, eps=1e-5)
+        self.conv_norm_out = nn.GroupNorm(norm_groups, narrow, eps=1e-5)
         self.conv_out = FullPrecisionConv2d(narrow, shuffle**2, kernel_size=3, padding=1)
         self.reversible = True
 
@@ -177,8 +179,9 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def _injected_attention(channels: int, heads: int, factor: int, num_steps: int) -> list[nn.Module]:
-    return [Injector(channels, factor, num_steps), Attention(channels, heads), Injector(channels, factor, num_steps)]
+def _injected_attention(channels: int, heads: int, norm_groups: int, factor: int, num_steps: int) -> list[nn.Module]:
+    return [Injector(channels, factor, num_steps), Attention(channels, heads, norm_groups),
+            Injector(channels, factor, num_steps)]
 
 
 def _split(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

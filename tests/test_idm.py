@@ -221,7 +221,7 @@ def test_schedule():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ({"block_out_channels": (48, 96)}, "multiples of 32"),
+    ({"block_out_channels": (48, 96)}, "multiples of the 32 groups"),
     ({"block_out_channels": (32, 64), "num_attention_heads": 5}, "of the 5 heads"),
     ({"block_out_channels": (32,)}, "two widths"),
     ({"block_out_channels": (32, 64), "num_steps": 0}, "num_steps must be at least 1"),

@@ -15,7 +15,6 @@ from utils.errors import UserError, first_line
 from utils.files import remove, write_whole, write_whole_folder
 
 _PARTS = {"network", "model", "ema", "optimizer", "scaler", "progress", "random", "configuration", "processes"}
-_PUBLISHED_HEADS = 8  # attention heads leave no trace in the published format, which is always read as having these
 
 
 @dataclass
@@ -147,7 +146,7 @@ def save_checkpoint(
     Raises:
         UserError: where they cannot be written.
     """
-    if net.config.num_attention_heads == _PUBLISHED_HEADS:
+    if net.fits_official_format:
         on_cpu: dict[int, Tensor] = {}  # what has two names is stored once
         weights = {name: on_cpu.setdefault(tensor.data_ptr(), tensor.cpu())
                    for name, tensor in net.official_state_dict().items()}

@@ -1,0 +1,100 @@
+"""Initial values for compact networks, which no Stable Diffusion precedes: a rough reconstruction, to be improved.
+
+The features of the first scale hold images, which run unchanged from end to end: twice x̂_t, the noise estimate ε, −ε,
+and notes.  Each injector forms the image x₀ that x̂_t and ε stand for, and corrects ε by what A x₀ lacks of y.  The last
+layer of every residual branch is zero, so that training adds to this, and does not first have to find it.
+"""
+import torch
+from torch import Tensor, nn
+
+from .injector import Injector
+from .unet import Attention, Resnet, UNet
+
+IMAGES = 4  # that the first scale must have room for
+_SPREAD = 0.368  # of the features before the last group norm, which divides by it; measured at width 64, T = 3
+
+
+def noise_levels(num_steps: int) -> Tensor:
+    """c_t = √((1 − ᾱ_t) / ᾱ_t), t = 1..T: what one unit of estimated noise is worth at step t."""
+    return 0.7 * (torch.arange(1, num_steps + 1) / num_steps) ** 1.75
+
+
+@torch.no_grad()
+def start_as_reconstruction(unet: UNet, levels: Tensor) -> None:
+    """Give a U-Net whose first scale has room for IMAGES images these initial values."""
+    for module in unet.modules():
+        if isinstance(module, Resnet):
+            _zero(module.block.conv2)
+        elif isinstance(module, Attention):
+            _zero(module.block.proj_out)
+        elif isinstance(module, Injector):
+            _start_injector(module, levels)
+    _pass_images_through(unet)
+    _note_step_and_ratio(unet)
+    pixels = range(unet.shuffle**2)
+    _zero(unet.conv_out)
+    for pixel in pixels:  # silu(a) − silu(−a) = a
+        unet.conv_out.weight[pixel, len(pixels) + pixel, 1, 1] = _SPREAD
+        unet.conv_out.weight[pixel, 2 * len(pixels) + pixel, 1, 1] = -_SPREAD
+
+
+def _start_injector(injector: Injector, levels: Tensor) -> None:
+    """x₀ = √(1 + c²) x̂_t − c ε;  ε loses (Aᵀy − AᵀA x₀) / c, which makes A x₀ = y."""
+    for c, lift, unlift in zip(levels.tolist(), injector.lift, injector.unlift, strict=True):
+        _zero(lift)
+        _zero(unlift)
+        lack = torch.tensor([0.0, -1.0, 1.0]).view(3, 1, 1)  # of [z, AᵀA z, Aᵀy]
+        lift.weight[0, 0] = (1 + c * c) ** 0.5 / 2
+        lift.weight[0, 1] = -c
+        unlift.weight[1] = -lack / c
+        if unlift.out_channels >= IMAGES:  # the first scale; the second has no room for −ε and notes
+            lift.weight[0, 1:3] = torch.tensor([-c / 2, c / 2]).view(2, 1, 1)
+            unlift.weight[2] = lack / c
+            unlift.weight[3] = 2 * lack
+
+
+def _pass_images_through(unet: UNet) -> None:
+    pixels, width, side = unet.shuffle**2, unet.conv_in.out_channels, unet.shuffle
+    unet.conv_in.weight[:IMAGES * pixels] = 0
+    unet.conv_in.bias[:IMAGES * pixels] = 0
+    for pixel in range(pixels):
+        unet.conv_in.weight[pixel, pixel, 1, 1] = 2
+    notes = unet.conv_in.bias[3 * pixels:IMAGES * pixels]
+    notes[0::2], notes[1::2] = 0.5, -0.5  # a norm over all channels then leaves the brightness in
+    down = unet.down_blocks[0].downsample.conv
+    _zero(down)
+    for pixel in range(4 * pixels):
+        y, x = divmod(pixel, 2 * side)
+        down.weight[pixel, y % side * side + x % side, 1 + y // side, 1 + x // side] = 1
+    first, second = unet.up_blocks
+    for resnet, start in ((unet.down_blocks[1].entry, 0), (first.entry, 0), (second.entry, 2 * width)):
+        _take(resnet, start)  # the last from its skip
+    for block in (first, second):
+        for coupling in block.chain:
+            if isinstance(coupling.body, Resnet):
+                _take(coupling.body, 0)
+
+
+def _note_step_and_ratio(unet: UNet) -> None:
+    """The first injector writes down t; the second AᵀA 1, whose mean is the ratio."""
+    first, second = (coupling.body for coupling in unet.down_blocks[0].chains[0] if isinstance(coupling.body, Injector))
+    for t, unlift in enumerate(first.unlift, start=1):
+        unlift.bias[3] = t - (len(first.unlift) + 1) / 2
+    for lift, unlift in zip(second.lift, second.unlift, strict=True):
+        _zero(lift)
+        lift.bias.fill_(1)
+        _zero(unlift)
+        unlift.weight[3, 1] = 1
+
+
+def _take(resnet: Resnet, start: int) -> None:
+    """Let the shortcut hand on the input channels from `start` on."""
+    shortcut = resnet.block.conv_shortcut
+    _zero(shortcut)
+    for channel in range(min(shortcut.out_channels, shortcut.in_channels - start)):
+        shortcut.weight[channel, start + channel] = 1
+
+
+def _zero(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
