@@ -1,8 +1,8 @@
-"""Initial values for compact networks, which no Stable Diffusion precedes: a rough reconstruction, to be improved.
+"""Initial values for compact networks, which no Stable Diffusion precedes: wired for images, not yet knowing any.
 
 The features of the first scale hold images, which run unchanged from end to end: twice x̂_t, the noise estimate ε, −ε,
 and notes.  Each injector forms the image x₀ that x̂_t and ε stand for, and corrects ε by what A x₀ lacks of y.  The last
-layer of every residual branch is zero, so that training adds to this, and does not first have to find it.
+layer of every residual branch is zero, so that the network returns about Aᵀy, and training adds to this what is unseen.
 """
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def noise_levels(num_steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_as_reconstruction(unet: UNet, levels: Tensor) -> None:
+def start_with_images(unet: UNet, levels: Tensor) -> None:
     """Give a U-Net whose first scale has room for IMAGES images these initial values."""
     for module in unet.modules():
         if isinstance(module, Resnet):

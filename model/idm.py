@@ -130,9 +130,9 @@ class IDM(ModelMixin, ConfigMixin):
         """Fresh weights at small widths (width, 2 · width), one attention head for 32 channels of the first.
 
         One group for every group norm: 32 groups of a few channels each would take the scale out of nearly every one.
-        The start is a rough reconstruction where the first scale has room for it (see `compact_start`), and no
-        estimated noise where not; the first step lets ε lose as much as it is worth less in the second, and little of
-        x̂_t passes by the others.
+        They start at about the back-projection, wired for images where the first scale has room for them (see
+        `compact_start`).  Little of x̂_t passes a step by, except that the first gives back what ε is worth more there
+        than in the second.
         """
         net = cls((width, 2 * width), num_steps, shuffle, num_attention_heads=max(1, width // 32), norm_groups=1)
         levels = compact_start.noise_levels(num_steps)
@@ -144,7 +144,7 @@ class IDM(ModelMixin, ConfigMixin):
         if num_steps > 1:
             nn.init.constant_(net.steps[0].v, 1 - float(levels[-1] / levels[-2]))
         if width >= compact_start.IMAGES * shuffle**2:
-            compact_start.start_as_reconstruction(net.unet, levels)
+            compact_start.start_with_images(net.unet, levels)
         else:
             nn.init.zeros_(net.unet.conv_out.weight)
             nn.init.zeros_(net.unet.conv_out.bias)

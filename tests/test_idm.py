@@ -4,6 +4,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from benchmarks.training_step import kept_bytes
 from model import IDM, BlockCompressedSensing, LinearOperator, unet
@@ -241,3 +242,34 @@ def test_wrong_use():
     operator = BlockCompressedSensing.random((6, 6), 0.5, 6, torch.Generator())
     with pytest.raises(ValueError, match="multiples of 4, not 6x6"):
         net(operator.A(torch.rand(1, 1, 6, 6)), operator)
+
+
+def test_compact_start():
+    """From the beginning an injector makes the image that x̂_t and ε stand for agree with the measurement."""
+    torch.manual_seed(0)
+    net = IDM.compact()
+    operator = BlockCompressedSensing.random((64, 64), 0.3, 32, torch.Generator().manual_seed(0))
+    x = torch.rand(1, 1, 64, 64)
+    y = operator.A(x)
+    back_projection = operator.A_adjoint(y)
+    with torch.no_grad():
+        assert float((net(y, operator) - back_projection).norm() / back_projection.norm()) < 0.01
+        alpha_bar = net.schedule()
+        for step in (1, 2, 3):
+            noisy, noise = torch.randn(2, 1, 1, 64, 64)
+            features = pixel_unshuffle(torch.cat((2 * noisy, noise, -noise, torch.zeros_like(noise)), dim=1), 4)
+            injector = net.unet.up_blocks[1].chain[0].body
+            noise = pixel_shuffle(injector(features, back_projection, operator, step), 4)[:, 1:2]
+            estimate = (noisy - (1 - alpha_bar[step]).sqrt() * noise) / alpha_bar[step].sqrt()
+            assert torch.allclose(operator.A(estimate), y, atol=1e-4)
+
+
+def test_schedule_beyond_one():
+    """Training may bring an alpha past 1; the network and its gradients stay finite."""
+    net = IDM.compact(32, num_steps=2)
+    with torch.no_grad():
+        net.schedule.alpha[0] = 1.01
+    operator = BlockCompressedSensing.random((32, 32), 0.3, 16, torch.Generator().manual_seed(0))
+    x = torch.rand(1, 1, 32, 32)
+    (net(operator.A(x), operator) - x).abs().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
