@@ -4,6 +4,7 @@
 """
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -18,6 +19,7 @@ from utils.evaluation import evaluate  # noqa: E402
 from utils.files import write_whole  # noqa: E402
 from utils.testsets import Picture, load_testset  # noqa: E402
 
+WEIGHTS = ROOT / "weight" / "compact"
 RATIOS = (0.1, 0.3, 0.5)
 CAPTION = 26  # pixels
 
@@ -26,14 +28,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pictures", default="chelsea,coffee", help="of the Samples")
-    parser.add_argument("--weights", default=ROOT / "weight" / "compact")
+    parser.add_argument("--weights", default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=ROOT / "figs" / "teaser.png")
     args = parser.parse_args()
-    net = IDM.from_checkpoint(args.weights)
+    draw(args.out, args.pictures.split(","), args.weights)
+
+
+@torch.inference_mode()
+def draw(path: Path, names: Sequence[str] = ("chelsea", "coffee"), weights: Path = WEIGHTS) -> None:
+    net = IDM.from_checkpoint(weights)
     samples = {picture.name: picture for picture in load_testset("Samples")}
-    rows = [row(net, samples[name]) for name in args.pictures.split(",")]
-    _, png = cv2.imencode(".png", np.concatenate(rows, axis=0))
-    write_whole(args.out, png.tobytes())
+    _, png = cv2.imencode(".png", np.concatenate([row(net, samples[name]) for name in names], axis=0))
+    write_whole(path, png.tobytes())
 
 
 def row(net: IDM, picture: Picture) -> np.ndarray:
@@ -63,5 +69,4 @@ def caption(tile: np.ndarray, text: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

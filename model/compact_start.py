@@ -5,7 +5,7 @@ and notes.  Each injector forms the image x₀ that x̂_t and ε stand for, and 
 layer of every residual branch is zero, so that the network returns about Aᵀy, and training adds to this what is unseen.
 """
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .injector import Injector
 from .unet import Attention, Resnet, UNet
@@ -14,13 +14,13 @@ IMAGES = 4  # that the first scale must have room for
 _SPREAD = 0.368  # of the features before the last group norm, which divides by it; measured at width 64, T = 3
 
 
-def noise_levels(num_steps: int) -> Tensor:
+def noise_levels(num_steps: int) -> list[float]:
     """c_t = √((1 − ᾱ_t) / ᾱ_t), t = 1..T: what one unit of estimated noise is worth at step t."""
-    return 0.7 * (torch.arange(1, num_steps + 1) / num_steps) ** 1.75
+    return [0.7 * (t / num_steps) ** 1.75 for t in range(1, num_steps + 1)]
 
 
 @torch.no_grad()
-def start_with_images(unet: UNet, levels: Tensor) -> None:
+def start_with_images(unet: UNet, levels: list[float]) -> None:
     """Give a U-Net whose first scale has room for IMAGES images these initial values."""
     for module in unet.modules():
         if isinstance(module, Resnet):
@@ -38,9 +38,9 @@ def start_with_images(unet: UNet, levels: Tensor) -> None:
         unet.conv_out.weight[pixel, 2 * len(pixels) + pixel, 1, 1] = -_SPREAD
 
 
-def _start_injector(injector: Injector, levels: Tensor) -> None:
+def _start_injector(injector: Injector, levels: list[float]) -> None:
     """x₀ = √(1 + c²) x̂_t − c ε;  ε loses (Aᵀy − AᵀA x₀) / c, which makes A x₀ = y."""
-    for c, lift, unlift in zip(levels.tolist(), injector.lift, injector.unlift, strict=True):
+    for c, lift, unlift in zip(levels, injector.lift, injector.unlift, strict=True):
         _zero(lift)
         _zero(unlift)
         lack = torch.tensor([0.0, -1.0, 1.0]).view(3, 1, 1)  # of [z, AᵀA z, Aᵀy]

@@ -136,13 +136,13 @@ class IDM(ModelMixin, ConfigMixin):
         """
         net = cls((width, 2 * width), num_steps, shuffle, num_attention_heads=max(1, width // 32), norm_groups=1)
         levels = compact_start.noise_levels(num_steps)
-        alpha_bar = 1 / (1 + levels**2)
-        with torch.no_grad():
-            net.schedule.alpha.copy_(torch.cat((alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1])))
+        with torch.no_grad():  # 1 + c_t² = 1 / ᾱ_t
+            for alpha, before, level in zip(net.schedule.alpha, [0, *levels], levels, strict=False):
+                alpha.fill_((1 + before**2) / (1 + level**2))
         for coupling in net.steps:
             nn.init.constant_(coupling.v, 0.01)
         if num_steps > 1:
-            nn.init.constant_(net.steps[0].v, 1 - float(levels[-1] / levels[-2]))
+            nn.init.constant_(net.steps[0].v, 1 - levels[-1] / levels[-2])
         if width >= compact_start.IMAGES * shuffle**2:
             compact_start.start_with_images(net.unet, levels)
         else:

@@ -1,0 +1,96 @@
+"""Draw every picture of README anew, from the results that are in the repository.
+
+    python benchmarks/redraw.py
+"""
+import io
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import architecture, gradient_fidelity_report, memory, teaser  # noqa: E402
+from utils.files import write_whole  # noqa: E402
+from utils.published import RATIOS, published_averages  # noqa: E402
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+FIGURES, BENCHMARKS = ROOT / "figs", ROOT / "benchmarks"
+
+
+def main() -> None:
+    drawings = {
+        "architecture.png": architecture.draw,
+        "psnr.png": lambda path: psnr(results(ROOT / "weight" / "compact" / "scores.json"), path),
+        "memory.png": lambda path: memory.draw(results(BENCHMARKS / "memory.json"), path),
+        "time.png": lambda path: time(results(BENCHMARKS / "training_step.json"),
+                                      results(BENCHMARKS / "inference.json"), path),
+        "gradient_fidelity.png": lambda path: gradient_fidelity_report.draw(
+            results(BENCHMARKS / "gradient_fidelity.json"), path),
+        "teaser.png": teaser.draw,
+    }
+    for name, draw in drawings.items():
+        draw(FIGURES / name)
+        print(FIGURES / name)
+
+
+def results(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def psnr(measured: dict, path: Path) -> None:
+    """PSNR against ratio: the compact weights as a line, published averages as marks."""
+    figure, row = plt.subplots(1, 4, figsize=(12, 4.2), layout="constrained", sharey=True)
+    percent = [100 * ratio for ratio in RATIOS]
+    for axes, (testset, scores) in zip(row, measured["scores"].items(), strict=True):
+        published = {}
+        for ratio in RATIOS:
+            for method in published_averages(testset, ratio):
+                published.setdefault(method.name, []).append((100 * ratio, method.psnr))
+        markers = iter("v^<>spDh")
+        for name, points in published.items():
+            marker, size = ("*", 10) if name.startswith("IDM") else (next(markers), 5)
+            axes.plot(*zip(*points, strict=True), marker, markersize=size, label=f"{name}, published")
+        ours = [next(cell["psnr"] for key, cell in scores.items() if float(key) == ratio) for ratio in RATIOS]
+        axes.plot(percent, ours, "k-o", label="compact weights, measured here")
+        axes.set(title=testset, xlabel="ratio, %", xticks=percent)
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel("average PSNR of Y, dB")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    save(figure, path)
+
+
+def time(training: dict, inference: dict, path: Path) -> None:
+    """Seconds of a training step, and of a reconstruction."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
+    settings = training["settings"]
+    steps = {"the published way" if name == "published" else name: row["seconds"]
+             for name, row in training["results"].items() if name != "forward only"}
+    bars(left, steps, f"training step, width {settings['width']}, {settings['batch_size']} of "
+                      f"{settings['crop']}×{settings['crop']}, T = {settings['step_number']}", training["machine"])
+    height, width = inference["settings"]["size"]
+    images = {name: row["seconds"] for name, row in inference["results"].items()}
+    bars(right, images, f"a {height}×{width} picture, width {inference['settings']['width']}", inference["machine"])
+    save(figure, path)
+
+
+def bars(axes: plt.Axes, seconds: dict[str, float], title: str, machine: dict) -> None:
+    labels = axes.barh(list(seconds), list(seconds.values()), color="#6fa8dc")
+    axes.bar_label(labels, fmt="%.2f", padding=2, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(f"seconds on {machine['device']}, {machine['threads']} threads", fontsize=8)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(image := io.BytesIO(), dpi=110)
+    write_whole(path, image.getvalue())
+
+
+if __name__ == "__main__":
+    main()

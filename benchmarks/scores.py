@@ -1,0 +1,62 @@
+"""README's table: the compact weights on the four test sets at three ratios, by test.py, and the time that it took.
+
+    python benchmarks/scores.py --data_dir data --processes 2
+"""
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.machine import machine  # noqa: E402
+from utils.files import write_whole  # noqa: E402
+
+SETS = ("Set11", "CBSD68", "Urban100", "DIV2K")
+RATIOS = ("0.1", "0.3", "0.5")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--weights", default="weight/compact", help="from the repository's folder, or absolute")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "data")
+    parser.add_argument("--processes", type=int, default=1, help="that share the pictures")
+    parser.add_argument("--seed", default="2025", help="of test.py")
+    parser.add_argument("--out", type=Path, default=ROOT / "weight" / "compact" / "scores.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as results:
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                        str(args.processes), "test.py", "--weights", args.weights, "--data_dir",
+                        str(args.data_dir.resolve()), "--testset_name", ",".join(SETS), "--cs_ratio", "/".join(RATIOS),
+                        "--seed", args.seed, "--precision", "fp32", "--result_dir", results], cwd=ROOT, check=True)
+        minutes = (time.monotonic() - start) / 60
+        scores = {name: {ratio: averages(Path(results, name, f"{100 * float(ratio):g}", "scores.csv"))
+                         for ratio in RATIOS} for name in SETS}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    result = {"weights": args.weights, "seed": int(args.seed), "commit": commit.stdout.strip(), "machine": machine(),
+              "processes": args.processes, "minutes": round(minutes, 1), "scores": scores}
+    write_whole(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    print(f"\n| | pictures | {' | '.join(f'{100 * float(ratio):g} %' for ratio in RATIOS)} |\n|{' --- |' * 5}")
+    for name, row in scores.items():
+        print(f"| {name} | {row[RATIOS[0]]['pictures']} | "
+              + " | ".join(f"{row[ratio]['psnr']:.2f} / {row[ratio]['ssim']:.4f}" for ratio in RATIOS) + " |")
+    print(f"\n{minutes:.1f} minutes")
+
+
+def averages(path: Path) -> dict[str, float | int]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {"pictures": len(rows), **{name: round(fmean(float(row[name]) for row in rows), 4)
+                                      for name in ("psnr", "ssim")}}
+
+
+if __name__ == "__main__":
+    main()
