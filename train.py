@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from model import IDM, BlockCompressedSensing, WeightsError
 from model.operators import number_of_measurements
-from model.unet import Attention, Resnet
 from utils import distributed, errors, files, training_report, training_state
 from utils.datasets import TrainingCrops
 from utils.devices import memory_suffices
@@ -26,6 +25,7 @@ from utils.errors import UserError
 from utils.evaluation import PRECISIONS
 from utils.learning_rate import learning_rate
 from utils.sampling import sampling_matrix
+from utils.speed import compile_blocks
 from utils.training_log import TrainingLog
 from utils.training_options import parse_args
 from utils.training_run import Run, find_state, open_testset
@@ -122,7 +122,7 @@ def train(run: Run) -> None:
     torch.backends.cudnn.benchmark = True  # crops are of one size
     model = process.wrap(run.net.train())
     if args.compile:
-        compile_blocks(run.net)
+        compile_blocks(run.net, process.device, dynamic=False)  # crops are of one size
     seeds = (args.seed + slot for slot in run.slots)
     matrices = [sampling_matrix(max(args.cs_ratio.values), args.block_size, seed).to(process.device) for seed in seeds]
     loader = DataLoader(run.crops, batch_sampler=run.crop_numbers(), num_workers=args.num_workers,
@@ -138,14 +138,6 @@ def train(run: Run) -> None:
                            "there")
                 return
             finish_epoch(run, epoch)
-
-
-def compile_blocks(net: IDM) -> None:
-    """Compile resnets and attentions, which is where the arithmetic is; the chains around them stay as they are."""
-    torch._dynamo.config.recompile_limit = 64  # one for each width and size
-    for module in net.unet.modules():
-        if isinstance(module, Resnet | Attention):
-            module.compile(dynamic=False)
 
 
 def train_epoch(

@@ -62,8 +62,10 @@ def _choice(scores: dict[str, Scores]) -> tuple[str, str]:
     return best, f"{best}: on {fp32.count} picture{'s' if fp32.count > 1 else ''}, {'; '.join(found)}"
 
 
-def compile_blocks(net: ModelMixin, device: torch.device) -> None:
+def compile_blocks(net: ModelMixin, device: torch.device, dynamic: bool | None = None) -> None:
     """Have every resnet and attention compiled when it is first used, one by one: all at once takes minutes.
+
+    dynamic is torch.compile's: whether code for any size is made; None makes it when a second size is met.
 
     Raises UserError where there is no working compiler.
     """
@@ -73,7 +75,7 @@ def compile_blocks(net: ModelMixin, device: torch.device) -> None:
         raise UserError(f"--compile finds no working compiler for {device} ({first_line(error)}); leave it out, or "
                         "install g++ for a CPU, Triton for a GPU") from error
     torch._dynamo.config.recompile_limit = VARIANTS
-    net.compile_repeated_blocks(backend=BACKEND)
+    net.compile_repeated_blocks(backend=BACKEND, dynamic=dynamic)
 
 
 def _trial(x: torch.Tensor) -> torch.Tensor:
