@@ -211,6 +211,7 @@ def backward(run: Run, model: nn.Module, matrix: Tensor, slot: int, pixels: Tens
     return loss.detach()
 
 
+@torch.no_grad()
 def update(run: Run, loss: Tensor) -> Tensor:
     """One step of Adam, or none where the gradients are not finite; returns their norm."""
     args, progress = run.args, run.progress

@@ -149,6 +149,27 @@ def test_a_signal_in_the_last_iteration_lets_the_run_end(call, monkeypatch, tmp_
     assert capsys.readouterr().out.endswith("nothing is left to do\n")
 
 
+def test_the_running_average_of_the_weights(call, monkeypatch, tmp_path):
+    """Against its definition, and free of any graph, which would grow with every iteration."""
+    averages, plain = [], train.update
+
+    def watched(run, loss):
+        if not averages:
+            averages.append([parameter.double() for parameter in run.ema.parameters()])
+        norm = plain(run, loss)
+        decay = min(0.9, run.progress.iteration / (9 + run.progress.iteration))  # of the iteration that is over
+        averages[0] = [decay * average + (1 - decay) * parameter.detach().double()
+                       for average, parameter in zip(averages[0], run.net.parameters(), strict=True)]
+        assert not any(parameter.requires_grad for parameter in run.ema.parameters())
+        return norm
+
+    monkeypatch.setattr(train, "update", watched)
+    call("--ema", "0.9")
+    ema = IDM.from_checkpoint(tmp_path / "weight" / NAME / "pretrained")
+    for ours, expected in zip(ema.parameters(), averages[0], strict=True):
+        assert torch.allclose(ours.double(), expected, atol=1e-6)
+
+
 def test_losses_that_are_not_finite_are_skipped_and_counted(call, monkeypatch, tmp_path, capsys):
     before_and_after, norms = [], []
     backward, update = train.backward, train.update
