@@ -45,12 +45,15 @@ def show(part: str, rows: list[dict]) -> None:
 
 
 def draw(results: dict, path: Path) -> None:
-    """1 - cosine against T for two networks, and what each ingredient costs."""
+    """1 - cosine against T, and what each ingredient costs where that was measured."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    ablation = [row for row in results.get("ablate_compact", {}).get("rows", ())
+                if "in half" in row and row["precision"] == "bf16"]
+    figure, ((left, *right),) = pyplot.subplots(1, 1 + bool(ablation), figsize=(10 if ablation else 6, 4.6),
+                                                squeeze=False, layout="constrained")
     rows = results.get("reversal_narrow", {}).get("rows", [])
     for precision, colour in zip(PRECISIONS, ("tab:blue", "tab:red", "tab:green"), strict=True):
         for step, style in (("stored", "-o"), ("inverted", "--v"), ("changed", ":x")):
@@ -60,13 +63,12 @@ def draw(results: dict, path: Path) -> None:
     left.axhline(1e-4, color="grey", linewidth=1)
     left.set(xlabel="T", title="reversible against plain, fresh narrow network")
     left.set_ylabel("1 - cosine to plain autograd, same precision")
-    rows = [row for row in results.get("ablate_compact", {}).get("rows", ())
-            if "in half" in row and row["precision"] == "bf16"]
-    rows.sort(key=lambda row: row["fixed_signs"]["relative_error"])
-    right.barh([row["in half"] for row in rows], [row["fixed_signs"]["relative_error"] for row in rows],
-               color=["tab:blue" if row["in half"] in IN_FULL_PRECISION else "lightgrey" for row in rows])
-    right.set(xscale="log", xlabel="relative error of the gradient", title="this alone in bf16 (blue: here in fp32)")
+    ablation.sort(key=lambda row: row["fixed_signs"]["relative_error"])
+    for axes in right:
+        axes.barh([row["in half"] for row in ablation], [row["fixed_signs"]["relative_error"] for row in ablation],
+                  color=["tab:blue" if row["in half"] in IN_FULL_PRECISION else "lightgrey" for row in ablation])
+        axes.set(xscale="log", xlabel="relative error of the gradient", title="this alone in bf16 (blue: here in fp32)")
     if left.lines:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
     figure.savefig(image := io.BytesIO(), dpi=120)
     write_whole(path, image.getvalue())

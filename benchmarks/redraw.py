@@ -5,6 +5,7 @@
 import io
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -19,32 +20,17 @@ from utils.published import RATIOS, published_averages  # noqa: E402
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-FIGURES, BENCHMARKS = ROOT / "figs", ROOT / "benchmarks"
+FIGURES = ROOT / "figs"
 
 
-def main() -> None:
-    drawings = {
-        "architecture.png": architecture.draw,
-        "psnr.png": lambda path: psnr(results(ROOT / "weight" / "compact" / "scores.json"), path),
-        "memory.png": lambda path: memory.draw(results(BENCHMARKS / "memory.json"), path),
-        "time.png": lambda path: time(results(BENCHMARKS / "training_step.json"),
-                                      results(BENCHMARKS / "inference.json"), path),
-        "gradient_fidelity.png": lambda path: gradient_fidelity_report.draw(
-            results(BENCHMARKS / "gradient_fidelity.json"), path),
-        "teaser.png": teaser.draw,
-    }
-    for name, draw in drawings.items():
-        draw(FIGURES / name)
-        print(FIGURES / name)
-
-
-def results(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def psnr(measured: dict, path: Path) -> None:
     """PSNR against ratio: the compact weights as a line, published averages as marks."""
-    figure, row = plt.subplots(1, 4, figsize=(12, 4.2), layout="constrained", sharey=True)
+    figure, (row,) = plt.subplots(1, len(measured["scores"]), figsize=(12, 4.2), layout="constrained", sharey=True,
+                                  squeeze=False)
     percent = [100 * ratio for ratio in RATIOS]
     for axes, (testset, scores) in zip(row, measured["scores"].items(), strict=True):
         published = {}
@@ -90,6 +76,22 @@ def bars(axes: plt.Axes, seconds: dict[str, float], title: str, machine: dict) -
 def save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(image := io.BytesIO(), dpi=110)
     write_whole(path, image.getvalue())
+
+
+DRAWINGS = {
+    "architecture.png": architecture.draw,
+    "psnr.png": lambda path: psnr(results("weight/compact/scores"), path),
+    "memory.png": lambda path: memory.draw(results("benchmarks/memory"), path),
+    "time.png": lambda path: time(results("benchmarks/training_step"), results("benchmarks/inference"), path),
+    "gradient_fidelity.png": lambda path: gradient_fidelity_report.draw(results("benchmarks/gradient_fidelity"), path),
+    "teaser.png": teaser.draw,
+}
+
+
+def main(folder: Path = FIGURES, names: Iterable[str] = DRAWINGS) -> None:
+    for name in names:
+        DRAWINGS[name](folder / name)
+        print(folder / name)
 
 
 if __name__ == "__main__":

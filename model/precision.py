@@ -8,7 +8,7 @@ class FullPrecisionConv2d(nn.Conv2d):
 
     It is for the maps between features and the few channels of an image: conv_in, conv_out and the injectors'.  All
     numbers of the image pass through them, so what is rounded there is lost for good, and they are 0.1 % of a step's
-    arithmetic.
+    arithmetic (benchmarks/gradient_fidelity.py).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """What the benchmarks count, against what can be told beforehand."""
 from contextlib import nullcontext
 
+import cv2
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import redraw
 from benchmarks.memory import FollowTensors
 from benchmarks.scaling import CountFlops
 
@@ -44,3 +46,11 @@ def test_operations_are_two_for_each_multiplication_and_addition():
     expected = 2 * 2 * 16 * 16 * 5 * 3 * 9
     assert (forward.total, backward.total) == (expected, expected)
     assert attention.total == 2 * 2 * 4 * 64 * 64 * 8
+
+
+def test_figures_are_drawn_from_what_is_in_the_repository(tmp_path):
+    redraw.main(tmp_path, [name for name in redraw.DRAWINGS if name != "teaser.png"])  # which takes its time
+    drawn = {path.name: cv2.imread(str(path)) for path in tmp_path.iterdir()}
+    assert len(drawn) == len(redraw.DRAWINGS) - 1
+    assert all(picture.std() > 10 for picture in drawn.values())
+    assert {path.name for path in redraw.FIGURES.iterdir()} == set(redraw.DRAWINGS)

@@ -5,13 +5,14 @@ set -euo pipefail
 pictures=$(realpath "$1") folder=$(realpath -m "$2") python=$(realpath -s "$(command -v "${PYTHON:-python}")")
 cd "$(dirname "$0")/../.."
 common=(--cs_ratio 0.05-0.6 --train_dir "$pictures" --clip 1 --ema 0.998 --invertible none --iters_per_epoch 500
-    --batch_size 2 --learning_rate 3e-4 --cache_dir "$folder/cache" --log_dir "$folder/log")
+    --learning_rate 3e-4 --cache_dir "$folder/cache" --log_dir "$folder/log")
 run=R_0.05to0.60_T_3_B_32/pretrained
 
 export OMP_NUM_THREADS=1
-"$python" train.py "${common[@]}" --base_model compact --patch_size 64 --epoch 8 --warm_up 80 --model_dir "$folder/first"
+"$python" train.py "${common[@]}" --base_model compact --patch_size 64 --batch_size 2 --epoch 8 \
+    --warm_up 80 --model_dir "$folder/first"
 "$python" -m torch.distributed.run --standalone --nproc_per_node "${PROCESSES:-2}" train.py "${common[@]}" \
-    --base_model "$folder/first/$run" --patch_size 128 --batch_size 1 --epoch 3 --lr_schedule cosine \
+    --base_model "$folder/first/$run" --patch_size 96 --batch_size 1 --epoch 5 --lr_schedule cosine \
     --model_dir "$folder/second"
 "$python" - "$folder/second/$run" "$folder/compact" <<'EOF'
 import sys
