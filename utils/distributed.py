@@ -19,6 +19,7 @@ from torch import nn
 
 from utils.devices import open_device
 
+_TO_CONNECT = timedelta(minutes=2)  # gloo, whose processes now and then miss one another after a restart
 # Rank 0 tests and writes while the others wait for it, which must not count as a hung collective.
 _PATIENCE = timedelta(hours=1)
 
@@ -106,7 +107,10 @@ def start(device: str | None = None) -> Process:
         torch.cuda.set_device(place)
     if grouped:
         on_cuda = place.type == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE, device_id=place if on_cuda else None)
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE if on_cuda else _TO_CONNECT,
+                                device_id=place if on_cuda else None)
+        if not on_cuda:
+            dist.distributed_c10d._set_pg_timeout(_PATIENCE)
     return Process(rank, world_size, place)
 
 
