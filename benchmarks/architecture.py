@@ -2,23 +2,18 @@
 
     python benchmarks/architecture.py
 """
-import io
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.pictures import plt, save  # noqa: E402
 from model import IDM  # noqa: E402
 from model.reversible import Coupling  # noqa: E402
-from utils.files import write_whole  # noqa: E402
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 COLOURS = {"Resnet": "#cfe2f3", "Attention": "#fce5cd", "Injector": "#d9ead3", "SamplingStep": "#ead1dc"}
 PLAIN = "#eeeeee"
@@ -49,8 +44,7 @@ def draw(path: Path) -> None:
     draw_formulas(axes)
     axes.set(xlim=(-0.2, 17.4), ylim=(-3.1, 10.7), aspect="equal")
     axes.axis("off")
-    figure.savefig(image := io.BytesIO(), dpi=110)
-    write_whole(path, image.getvalue())
+    save(figure, path)
 
 
 def draw_chain(axes: plt.Axes, net: IDM) -> None:

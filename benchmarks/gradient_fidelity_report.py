@@ -1,9 +1,7 @@
 """What gradient_fidelity.py measured: averages, tables, and the figure."""
-import io
 from pathlib import Path
 
 from benchmarks.half_precision import ALWAYS_FULL, PRECISIONS
-from utils.files import write_whole
 
 LABELS = ("precision", "chain", "T", "step", "in fp32", "in half")
 IN_FULL_PRECISION = ("conv_in", "conv_out", "injectors' maps", *ALWAYS_FULL)
@@ -46,14 +44,12 @@ def show(part: str, rows: list[dict]) -> None:
 
 def draw(results: dict, path: Path) -> None:
     """1 - cosine against T, and what each ingredient costs where that was measured."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from benchmarks.pictures import plt, save
 
     ablation = [row for row in results.get("ablate_compact", {}).get("rows", ())
                 if "in half" in row and row["precision"] == "bf16"]
-    figure, ((left, *right),) = pyplot.subplots(1, 1 + bool(ablation), figsize=(10 if ablation else 6, 4.6),
-                                                squeeze=False, layout="constrained")
+    figure, ((left, *right),) = plt.subplots(1, 1 + bool(ablation), figsize=(10 if ablation else 6, 4.6),
+                                             squeeze=False, layout="constrained")
     rows = results.get("reversal_narrow", {}).get("rows", [])
     for precision, colour in zip(PRECISIONS, ("tab:blue", "tab:red", "tab:green"), strict=True):
         for step, style in (("stored", "-o"), ("inverted", "--v"), ("changed", ":x")):
@@ -70,5 +66,4 @@ def draw(results: dict, path: Path) -> None:
         axes.set(xscale="log", xlabel="relative error of the gradient", title="this alone in bf16 (blue: here in fp32)")
     if left.lines:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
-    figure.savefig(image := io.BytesIO(), dpi=120)
-    write_whole(path, image.getvalue())
+    save(figure, path, dpi=120)

@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def draw(result: dict, path: Path) -> None:
     """Memory against T, a line a setting, at the largest crop."""
-    import matplotlib.pyplot as plt
+    from benchmarks.pictures import plt, save
 
     settings, crop = result["settings"], max(result["settings"]["crops"])
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -153,7 +153,7 @@ def draw(result: dict, path: Path) -> None:
                    f"{crop}×{crop}, width {settings['width']}, {settings['precision']}, {settings['device']})")
     axes.grid(alpha=0.3)
     figure.legend(title="invertible", loc="outside right upper")
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)
 
 
 def main() -> None:

@@ -2,23 +2,17 @@
 
     python benchmarks/redraw.py
 """
-import io
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import architecture, gradient_fidelity_report, memory, teaser  # noqa: E402
-from utils.files import write_whole  # noqa: E402
+from benchmarks.pictures import plt, save  # noqa: E402
 from utils.published import RATIOS, published_averages  # noqa: E402
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 FIGURES = ROOT / "figs"
 
@@ -41,7 +35,7 @@ def psnr(measured: dict, path: Path) -> None:
         for name, points in published.items():
             marker, size = ("*", 10) if name.startswith("IDM") else (next(markers), 5)
             axes.plot(*zip(*points, strict=True), marker, markersize=size, label=f"{name}, published")
-        ours = [next(cell["psnr"] for key, cell in scores.items() if float(key) == ratio) for ratio in RATIOS]
+        ours = [scores[str(ratio)]["psnr"] for ratio in RATIOS]
         axes.plot(percent, ours, "k-o", label="compact weights, measured here")
         axes.set(title=testset, xlabel="ratio, %", xticks=percent)
         axes.grid(alpha=0.3)
@@ -71,11 +65,6 @@ def bars(axes: plt.Axes, seconds: dict[str, float], title: str, machine: dict) -
     axes.margins(x=0.12)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(f"seconds on {machine['device']}, {machine['threads']} threads", fontsize=8)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(image := io.BytesIO(), dpi=110)
-    write_whole(path, image.getvalue())
 
 
 DRAWINGS = {

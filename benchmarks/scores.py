@@ -17,9 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine  # noqa: E402
 from utils.files import write_whole  # noqa: E402
-
-SETS = ("Set11", "CBSD68", "Urban100", "DIV2K")
-RATIOS = ("0.1", "0.3", "0.5")
+from utils.published import RATIOS  # noqa: E402
+from utils.testsets import KNOWN_SETS  # noqa: E402
 
 
 def main() -> None:
@@ -35,19 +34,20 @@ def main() -> None:
         start = time.monotonic()
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                         str(args.processes), "test.py", "--weights", args.weights, "--data_dir",
-                        str(args.data_dir.resolve()), "--testset_name", ",".join(SETS), "--cs_ratio", "/".join(RATIOS),
+                        str(args.data_dir.resolve()), "--testset_name", ",".join(KNOWN_SETS),
+                        "--cs_ratio", "/".join(map(str, RATIOS)),
                         "--seed", args.seed, "--precision", "fp32", "--result_dir", results], cwd=ROOT, check=True)
         minutes = (time.monotonic() - start) / 60
-        scores = {name: {ratio: averages(Path(results, name, f"{100 * float(ratio):g}", "scores.csv"))
-                         for ratio in RATIOS} for name in SETS}
+        scores = {name: {str(ratio): averages(Path(results, name, f"{100 * ratio:g}", "scores.csv"))
+                         for ratio in RATIOS} for name in KNOWN_SETS}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     result = {"weights": args.weights, "seed": int(args.seed), "commit": commit.stdout.strip(), "machine": machine(),
               "processes": args.processes, "minutes": round(minutes, 1), "scores": scores}
     write_whole(args.out, (json.dumps(result, indent=1) + "\n").encode())
-    print(f"\n| | pictures | {' | '.join(f'{100 * float(ratio):g} %' for ratio in RATIOS)} |\n|{' --- |' * 5}")
+    print(f"\n| | pictures | {' | '.join(f'{100 * ratio:g} %' for ratio in RATIOS)} |\n|{' --- |' * 5}")
     for name, row in scores.items():
-        print(f"| {name} | {row[RATIOS[0]]['pictures']} | "
-              + " | ".join(f"{row[ratio]['psnr']:.2f} / {row[ratio]['ssim']:.4f}" for ratio in RATIOS) + " |")
+        cells = " | ".join(f"{cell['psnr']:.2f} / {cell['ssim']:.4f}" for cell in row.values())
+        print(f"| {name} | {row[str(RATIOS[0])]['pictures']} | {cells} |")
     print(f"\n{minutes:.1f} minutes")
 
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 from model import IDM  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
 from utils.files import write_whole  # noqa: E402
+from utils.published import RATIOS  # noqa: E402
 from utils.testsets import Picture, load_testset  # noqa: E402
 
 WEIGHTS = ROOT / "weight" / "compact"
-RATIOS = (0.1, 0.3, 0.5)
 CAPTION = 26  # pixels
 
 

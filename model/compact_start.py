@@ -20,8 +20,12 @@ def noise_levels(num_steps: int) -> list[float]:
 
 
 @torch.no_grad()
-def start_with_images(unet: UNet, levels: list[float]) -> None:
-    """Give a U-Net whose first scale has room for IMAGES images these initial values."""
+def start(unet: UNet, levels: list[float]) -> None:
+    """Give a U-Net these initial values; where the first scale has no room for IMAGES images, it just estimates 0."""
+    _zero(unet.conv_out)
+    pixels = unet.shuffle**2
+    if unet.conv_in.out_channels < IMAGES * pixels:
+        return
     for module in unet.modules():
         if isinstance(module, Resnet):
             _zero(module.block.conv2)
@@ -31,11 +35,9 @@ def start_with_images(unet: UNet, levels: list[float]) -> None:
             _start_injector(module, levels)
     _pass_images_through(unet)
     _note_step_and_ratio(unet)
-    pixels = range(unet.shuffle**2)
-    _zero(unet.conv_out)
-    for pixel in pixels:  # silu(a) − silu(−a) = a
-        unet.conv_out.weight[pixel, len(pixels) + pixel, 1, 1] = _SPREAD
-        unet.conv_out.weight[pixel, 2 * len(pixels) + pixel, 1, 1] = -_SPREAD
+    for pixel in range(pixels):  # silu(a) − silu(−a) = a
+        unet.conv_out.weight[pixel, pixels + pixel, 1, 1] = _SPREAD
+        unet.conv_out.weight[pixel, 2 * pixels + pixel, 1, 1] = -_SPREAD
 
 
 def _start_injector(injector: Injector, levels: list[float]) -> None:

@@ -143,11 +143,7 @@ class IDM(ModelMixin, ConfigMixin):
             nn.init.constant_(coupling.v, 0.01)
         if num_steps > 1:
             nn.init.constant_(net.steps[0].v, 1 - levels[-1] / levels[-2])
-        if width >= compact_start.IMAGES * shuffle**2:
-            compact_start.start_with_images(net.unet, levels)
-        else:
-            nn.init.zeros_(net.unet.conv_out.weight)
-            nn.init.zeros_(net.unet.conv_out.bias)
+        compact_start.start(net.unet, levels)
         return net
 
     @classmethod
