@@ -215,8 +215,8 @@ class _Chain(torch.autograd.Function):
         for passed in range(len(ctx.calls), 0, -1):
             if graph is None:
                 y1, y2 = stored.pop(passed, (x1, x2))
-                x2 = stored[passed - 1][1] if passed - 1 in stored else None
-                graph = ctx.calls[passed - 1].graph(y2, x2, y1, leaves, _autocast(ctx))
+                x1, x2 = stored.get(passed - 1, (y2, None))
+                graph = ctx.calls[passed - 1].graph(x1, x2, y1, leaves, _autocast(ctx))
             x1, x2, y1 = graph
             y2 = graph = None
             y1 = get_gradient_edge(y1)  # of y₁ itself nothing needs to be held while the graph is walked

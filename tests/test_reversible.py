@@ -70,6 +70,19 @@ def test_gradients_equal_plain_autograd(store_every):
         assert relative(ours, plain) <= 1e-9
 
 
+def test_streams_kept_every_second_coupling_leave_nothing_to_be_rebuilt():
+    """Of two streams each coupling makes one anew, so every stream is kept, however badly couplings invert."""
+    chain, x = make_chain(6, dtype=torch.float32), streams(dtype=torch.float32)
+    for coupling in chain:
+        nn.init.constant_(coupling.v, 1e-4)
+    inputs = [*x, *(p for name, p in chain.named_parameters() if "unused" not in name and not name.endswith("v"))]
+    found = {store_every: torch.autograd.grad(loss_of(*chain(*x, store_every=store_every)), inputs)
+             for store_every in (2, 3)}
+    plain = torch.autograd.grad(loss_of(*chain(*x, reversible=False)), inputs)
+    worst = {every: max(map(relative, ours, plain)) for every, ours in found.items()}
+    assert worst[2] <= 1e-6 and worst[3] > 1e-4
+
+
 class Additive(Coupling):
     """y₁ = f(x₁) + x₂, y₂ = x₁: two of them, with F and G, are the additive coupling of RevNets."""
 
