@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # How the weights in this folder were made:  bash weight/compact/recipe.sh PICTURES FOLDER
-# Started again with the same FOLDER it goes on from where it was.  PYTHON and PROCESSES (2) may be set.
+# Started again with the same FOLDER it goes on from where it was.  PYTHON may be set.
 set -euo pipefail
 pictures=$(realpath "$1") folder=$(realpath -m "$2") python=$(realpath -s "$(command -v "${PYTHON:-python}")")
 cd "$(dirname "$0")/../.."
-common=(--cs_ratio 0.05-0.6 --train_dir "$pictures" --clip 1 --ema 0.998 --invertible none --iters_per_epoch 500
-    --learning_rate 3e-4 --cache_dir "$folder/cache" --log_dir "$folder/log")
 run=R_0.05to0.60_T_3_B_32/pretrained
-
 export OMP_NUM_THREADS=1
-"$python" train.py "${common[@]}" --base_model compact --patch_size 64 --batch_size 2 --epoch 8 \
-    --warm_up 80 --model_dir "$folder/first"
-"$python" -m torch.distributed.run --standalone --nproc_per_node "${PROCESSES:-2}" train.py "${common[@]}" \
-    --base_model "$folder/first/$run" --patch_size 96 --batch_size 1 --epoch 5 --lr_schedule cosine \
-    --model_dir "$folder/second"
-"$python" - "$folder/second/$run" "$folder/compact" <<'EOF'
+
+train() {  # PROCESSES NAME OPTIONS: the run called NAME
+    "$python" -m torch.distributed.run --standalone --nproc_per_node "$1" train.py --cs_ratio 0.05-0.6 \
+        --train_dir "$pictures" --testset_name Samples --clip 1 --ema 0.998 --invertible none --iters_per_epoch 500 \
+        --learning_rate 3e-4 --cache_dir "$folder/cache" --model_dir "$folder/$2" --log_dir "$folder/$2/log" "${@:3}"
+}
+
+train 1 first --base_model compact --patch_size 64 --batch_size 2 --epoch 8 --warm_up 80
+train 2 second --base_model "$folder/first/$run" --patch_size 96 --batch_size 1 --epoch 5 --lr_schedule cosine
+train 2 third --base_model "$folder/second/$run" --patch_size 96 --batch_size 2 --epoch 6 --lr_schedule cosine
+"$python" - "$folder/third/$run" "$folder/compact" <<'EOF'
 import sys
 from model import IDM
 IDM.from_checkpoint(sys.argv[1]).half().save_pretrained(sys.argv[2])
