@@ -23,7 +23,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 aten = torch.ops.aten
 PRODUCTS = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default,
             aten.bmm.default, aten.baddbmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward.default}
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            aten.linear.default, aten.conv2d.default, aten.scaled_dot_product_attention.default}  # in inference mode
 
 
 class RoundedOnce(TorchDispatchMode):
