@@ -39,18 +39,17 @@ from benchmarks.gradient_fidelity_report import Row, averages, draw, show  # noq
 from benchmarks.half_precision import (  # noqa: E402
     ALWAYS_FULL,
     INGREDIENTS,
-    PRECISIONS,
-    RoundedOnce,
     arithmetic_shares,
     autocast_alone,
     half_alone,
+    half_products,
 )
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing, LinearOperator  # noqa: E402
 from model.injector import Injector  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
-from utils.files import write_whole  # noqa: E402
+from utils.evaluation import PRECISIONS  # noqa: E402
 from utils.testsets import SAMPLE_SIZE, load_testset  # noqa: E402
 
 LOSS_SCALE = 4096.0  # a power of two: of consequence in fp16 alone, whose smallest numbers are 6e-8
@@ -76,7 +75,7 @@ class Setting:
 
     def half_products(self):
         """What to compute products of half-precision numbers with."""
-        return nullcontext() if self.native or self.device != "cpu" else RoundedOnce()
+        return nullcontext() if self.native else half_products(self.device)
 
 
 def gradients(
@@ -261,7 +260,7 @@ def main() -> None:
             draws.append(PARTS[part](args, Setting(args, seed)))
         results[part] = {"machine": machine(args.device), "settings": options, "rows": averages(draws)}
         show(part, results[part]["rows"])
-        write_whole(args.out, (json.dumps(results, indent=1) + "\n").encode())
+        save_results(args.out, results)
     draw(results, args.figure)
 
 

@@ -1,7 +1,8 @@
 """What gradient_fidelity.py measured: averages, tables, and the figure."""
 from pathlib import Path
 
-from benchmarks.half_precision import ALWAYS_FULL, PRECISIONS
+from benchmarks.half_precision import ALWAYS_FULL
+from utils.evaluation import PRECISIONS
 
 LABELS = ("precision", "chain", "T", "step", "in fp32", "in half")
 IN_FULL_PRECISION = ("conv_in", "conv_out", "injectors' maps", *ALWAYS_FULL)

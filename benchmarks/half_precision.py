@@ -2,7 +2,7 @@
 gradient_fidelity.py); and a CPU that computes in half precision as a GPU does.
 """
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -19,7 +19,6 @@ from model.precision import FullPrecisionConv2d
 from model.reversible import Coupling
 from model.unet import Attention, Resnet
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 aten = torch.ops.aten
 PRODUCTS = {aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default,
             aten.bmm.default, aten.baddbmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -43,6 +42,11 @@ class RoundedOnce(TorchDispatchMode):
         if function is aten._scaled_dot_product_flash_attention_for_cpu.default:
             return down(result[0]), *result[1:]  # the softmax's denominators are fp32 always
         return tree_map(down, result)
+
+
+def half_products(device: str) -> AbstractContextManager:
+    """What to compute products of half-precision numbers in, on a device."""
+    return RoundedOnce() if device == "cpu" else nullcontext()
 
 
 def _cast(item, source: torch.dtype, target: torch.dtype):

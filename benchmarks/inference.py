@@ -9,7 +9,6 @@ what lives at the peak beside the weights: on CUDA by the allocator, on a CPU co
 Below the table: what bounds the seconds, and the largest picture by memory.
 """
 import argparse
-import json
 import math
 import os
 import statistics
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, save_results  # noqa: E402
 from benchmarks.memory import FollowTensors  # noqa: E402
 from model import IDM, BlockCompressedSensing, feed_forward  # noqa: E402
 from utils.evaluation import PRECISIONS  # noqa: E402
@@ -296,7 +295,7 @@ def main() -> None:
     args.size = tuple(args.size)
     result = measure(args)
     report(result)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save_results(args.out, result)
 
 
 if __name__ == "__main__":

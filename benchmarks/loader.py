@@ -8,10 +8,6 @@ all of them; ratios are taken round by round. Where others use the machine, CPU 
 are in the system's page cache by then: no disk is measured.
 """
 import argparse
-import json
-import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -27,6 +23,7 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import machine, save_results  # noqa: E402
 from utils.datasets import TrainingCrops  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.images import read_picture  # noqa: E402
@@ -134,19 +131,12 @@ def summary(size: int, workers: int, pictures: int, measured: dict[str, list[tup
             for name, values in rates.items()]
 
 
-def machine() -> dict:
-    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return {"device": models[0] if models else platform.machine(), "cores": os.cpu_count(),
-            "load_average": round(os.getloadavg()[1], 1), "python": platform.python_version(),
-            "torch": torch.__version__, "opencv": cv2.__version__, "numpy": np.__version__}
-
-
 def report(args: argparse.Namespace, cache: dict, rows: list[dict]) -> None:
     """Print the table and write it as JSON."""
     options = {name: value for name, value in vars(args).items() if name not in ("out", "train_dir")}
-    args.out.write_text(json.dumps({"machine": machine(), "settings": options, "cache": cache, "results": rows},
-                                   indent=1) + "\n")
-    print(f"{machine()}\n{options}\n{cache}\n"
+    where = machine() | {"opencv": cv2.__version__, "numpy": np.__version__}
+    save_results(args.out, {"machine": where, "settings": options, "cache": cache, "results": rows})
+    print(f"{where}\n{options}\n{cache}\n"
           f"{'crop':>5}{'workers':>9}  {'source':20}{'crops/s':>9}{'min':>9}{'max':>9}"
           f"{'x decoding':>12}{'CPU us/crop':>13}")
     for row in rows:

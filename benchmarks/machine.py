@@ -1,10 +1,13 @@
-"""What a measurement was made on."""
+"""What a measurement was made on, and how it is written down."""
+import json
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from utils.files import write_whole
 
 
 def machine(device: str = "cpu") -> dict[str, str | int | float]:
@@ -29,3 +32,8 @@ def cpu_name() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.machine())
+
+
+def save_results(path: Path, results: dict) -> None:
+    """Write results as JSON, whole or not at all."""
+    write_whole(path, (json.dumps(results, indent=1) + "\n").encode())

@@ -10,7 +10,6 @@ plain autograd with torch's checkpointing around each resnet, attention and inje
 every setting needs, and Adam's two averages are given apart.
 """
 import argparse
-import json
 import sys
 import weakref
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.injector import Injector  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
@@ -117,7 +116,7 @@ def gradient_bytes(net: IDM) -> int:
 
 def measure(args: argparse.Namespace) -> dict:
     weights = gradient_bytes(IDM((args.width, 2 * args.width), 1))
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "figure", "redraw")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "figure")}
     device = args.device if args.device.startswith("cuda") else "cpu"
     result = {"machine": machine(device), "settings": settings,
               "weights_mb": weights / 1e6, "adam_mb": 2 * weights / 1e6, "held_mb": {}}
@@ -169,11 +168,10 @@ def main() -> None:
                         help="counted: tensors without data; or cpu, cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "memory.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "figs" / "memory.png")
-    parser.add_argument("--redraw", action="store_true", help="only draw the figure of --out anew")
     args = parser.parse_args()
-    if not args.redraw:
-        args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
-    draw(json.loads(args.out.read_text()), args.figure)
+    result = measure(args)
+    save_results(args.out, result)
+    draw(result, args.figure)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@
 On a CPU products of half-precision numbers are summed up in fp32 and rounded once, as a GPU's tensor cores do.
 """
 import argparse
-import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,12 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.half_precision import PRECISIONS, RoundedOnce  # noqa: E402
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.half_precision import half_products  # noqa: E402
+from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM  # noqa: E402
 from utils.errors import run  # noqa: E402
-from utils.evaluation import evaluate, mean_scores  # noqa: E402
-from utils.files import write_whole  # noqa: E402
+from utils.evaluation import PRECISIONS, evaluate, mean_scores  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
 from utils.testsets import load_testset  # noqa: E402
 
@@ -42,14 +39,14 @@ def main() -> None:
     for ratio in RATIOS:
         psnr[str(ratio)] = scores = {}
         for precision in PRECISIONS:
-            with RoundedOnce() if args.device == "cpu" and precision != "fp32" else nullcontext():
+            with half_products(args.device):
                 scores[precision] = mean_scores(evaluate(net, pictures, ratio, device=args.device, precision=precision,
                                                          size_multiple=net.size_multiple)).psnr
         cells = [f"{scores[half]:.4f} ({scores['fp32'] - scores[half]:.4f})" for half in scores if half != "fp32"]
         print(f"| {100 * ratio:g} % | {scores['fp32']:.4f} | {' | '.join(cells)} |", flush=True)
     result = {"weights": args.weights, "testset": args.testset_name, "pictures": len(pictures),
               "machine": machine(args.device), "psnr": psnr}
-    write_whole(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    save_results(args.out, result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ PyTorch's own formulas, over the very operators that run. Communicated: one all-
 of n makes every process send 2 (n - 1) / n times their size.
 """
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 
 # The CPU's attention, of which the registry does not know.
@@ -103,7 +103,7 @@ def main() -> None:
             multiprocessing.spawn(time_all_reduce, (parameters, 5, times), nprocs=2)
             seconds = result["all_reduce_seconds"] = sorted(times)
         print(f"all-reduce between two processes of this machine (gloo): {seconds[0]:.2f} to {seconds[-1]:.2f} s")
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    save_results(args.out, result)
 
 
 if __name__ == "__main__":

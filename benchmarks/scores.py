@@ -4,7 +4,6 @@
 """
 import argparse
 import csv
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,8 +14,7 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import machine  # noqa: E402
-from utils.files import write_whole  # noqa: E402
+from benchmarks.machine import machine, save_results  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
 from utils.testsets import KNOWN_SETS  # noqa: E402
 
@@ -43,7 +41,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     result = {"weights": args.weights, "seed": int(args.seed), "commit": commit.stdout.strip(), "machine": machine(),
               "processes": args.processes, "minutes": round(minutes, 1), "scores": scores}
-    write_whole(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    save_results(args.out, result)
     print(f"\n| | pictures | {' | '.join(f'{100 * ratio:g} %' for ratio in RATIOS)} |\n|{' --- |' * 5}")
     for name, row in scores.items():
         cells = " | ".join(f"{cell['psnr']:.2f} / {cell['ssim']:.4f}" for cell in row.values())

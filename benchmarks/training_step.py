@@ -11,7 +11,6 @@ The mathematics asks of "both" 5 − 1/T passes of forward's cost (forward; reco
 graph is kept; recomputing its blocks; and 2 for the gradients) against 3: at T = 3, 1.56 of "none".
 """
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.machine import machine  # noqa: E402
+from benchmarks.machine import machine, save_results  # noqa: E402
 from benchmarks.published_step import published  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.idm import INVERTIBLE  # noqa: E402
@@ -126,8 +125,8 @@ def report(args: argparse.Namespace, where: dict, seconds: dict[str, list[Second
     both_to_published = {"seconds": round(statistics.median(faster[0]), 3),
                          "cpu_seconds": round(statistics.median(faster[1]), 3)}
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    args.out.write_text(json.dumps({"machine": where, "settings": settings, "results": rows,
-                                    "published_by_both": both_to_published}, indent=1) + "\n")
+    save_results(args.out, {"machine": where, "settings": settings, "results": rows,
+                            "published_by_both": both_to_published})
     columns = {"seconds": "seconds", "min": "min", "max": "max", "times_none": "x none", "cpu_seconds": "CPU s",
                "cpu_times_none": "x none", "kept_mb": "kept, MB"}
     print(f"{where}\n{settings}\n{'invertible':14}" + "".join(f"{title:>10}" for title in columns.values()))

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from utils.errors import UserError, run
 from utils.files import make_folder, write_whole
 from utils.flags import Parser, run_name
+from utils.published import RATIOS
 from utils.sources import HOMES, offers
 from utils.testsets import KNOWN_SETS
 from utils.verify import CHECKSUMS, WATERLOO, check_testset, check_waterloo, check_weights, find, listed, verdict
 
-WEIGHTS = tuple(f"{run_name([ratio], 3, 32)}/net_params_50.pkl" for ratio in (0.1, 0.3, 0.5))
+WEIGHTS = tuple(f"{run_name([ratio], 3, 32)}/net_params_50.pkl" for ratio in RATIOS)
 NAMES = (*HOMES, "Waterloo", "weights")
 NOTES = """\
 The addresses were written from memory, and none could be tried where this was written. So nothing is believed because

@@ -8,8 +8,7 @@ import torch
 
 from utils.evaluation import PRECISIONS
 from utils.flags import Parser, positive, ratios, run_name, whole
-
-USUAL_RATIOS = (0.1, 0.3, 0.5)  # which the paper reports
+from utils.published import RATIOS
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Ratios:
         """All that are listed; of a range, those that the paper reports, or its ends where it holds none of them."""
         if not self.is_range:
             return list(self.values)
-        return [value for value in USUAL_RATIOS if self.values[0] <= value <= self.values[1]] or list(self.values)
+        return [value for value in RATIOS if self.values[0] <= value <= self.values[1]] or list(self.values)
 
     def run_name(self, step_number: int, block_size: int) -> str:
         return run_name(list(self.values), step_number, block_size, "to" if self.is_range else "-")
