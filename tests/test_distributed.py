@@ -5,6 +5,8 @@ Measured: in three iterations the v's of the couplings differ by at most 2e-11 o
 parameters by at most 9e-12.
 """
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -146,3 +148,19 @@ def test_processes_confer_at_the_same_iterations_about_once_a_second(monkeypatch
     assert gaps[:5] == [2, 4, 8, 16, 32] and set(gaps[6:]) <= {49, 50}
     alone = distributed.Pulse(distributed.Process(0, 1, torch.device("cpu")), 100)
     assert alone.due(3, urgent=True) and not alone.due(3, urgent=False) and alone.due(100, urgent=False)
+
+
+def test_processes_that_start_anew_meet_one_another_and_not_those_that_died():
+    """In the store of the first start, as `torch.distributed.run` keeps it, and in whatever order the ranks come."""
+    store, former = dist.HashStore(), set()
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)):
+        with ThreadPoolExecutor(3) as pool:
+            starts = {}
+            for rank in order:
+                starts[rank] = pool.submit(distributed.meet, store, rank, 3)
+                time.sleep(0.1)  # enough to be misled by what the former start left
+            stores = [starts[rank].result(timeout=10) for rank in range(3)]
+        stores[0].set("address", f"of {order}")
+        assert [other.get("address") for other in stores] == [f"of {order}".encode()] * 3
+        former.add(str(store.get("meeting")))
+    assert len(former) == 4

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from torch import nn
 
 from utils.devices import open_device
 
-_TO_CONNECT = timedelta(minutes=2)  # gloo, whose processes now and then miss one another after a restart
 # Rank 0 tests and writes while the others wait for it, which must not count as a hung collective.
 _PATIENCE = timedelta(hours=1)
 
@@ -107,11 +107,34 @@ def start(device: str | None = None) -> Process:
         torch.cuda.set_device(place)
     if grouped:
         on_cuda = place.type == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_PATIENCE if on_cuda else _TO_CONNECT,
-                                device_id=place if on_cuda else None)
-        if not on_cuda:
-            dist.distributed_c10d._set_pg_timeout(_PATIENCE)
+        store = meet(next(dist.rendezvous("env://", timeout=_PATIENCE))[0], rank, world_size)
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                                timeout=_PATIENCE, device_id=place if on_cuda else None)
     return Process(rank, world_size, place)
+
+
+def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """The part of `store` that belongs to these processes alone, the same on all ranks.
+
+    `torch.distributed.run` (torch 2.11, 2.13) keeps one store through all restarts of its workers. Under the plain
+    store, a process that is started anew now and then reads where one that died had listened, and waits there. The
+    launcher's count of restarts does not tell the starts apart, since machines may count differently.
+
+    Every process gives itself a name that never was; rank 0 goes on when it has the others' names, and they go on
+    when they read their own in its list.
+    """
+    name = uuid.uuid4().hex
+    if rank == 0:
+        store.set("meeting", name)
+        store.set(f"{name}/all", ",".join(store.get(f"{name}/{other}").decode() for other in range(1, world_size)))
+        return dist.PrefixStore(name, store)
+    while True:
+        meeting = store.get("meeting").decode()  # may be that of processes that died
+        store.set(f"{meeting}/{rank}", name)
+        while store.get("meeting").decode() == meeting:
+            if store.check([f"{meeting}/all"]) and name in store.get(f"{meeting}/all").decode():
+                return dist.PrefixStore(meeting, store)
+            time.sleep(0.02)
 
 
 def stop() -> None:
