@@ -63,15 +63,9 @@ def main() -> None:
 
 def method_folders(args: argparse.Namespace) -> dict[str, Path]:
     """The folder of each method, by name: those of --methods, then those of --root."""
-    found = list(args.methods)
+    found = [(name, find_folder(path, args.testset_name, args.cs_ratio)) for name, path in args.methods]
     if args.root is not None:
-        try:
-            found += sorted((path.name, path) for path in Path(args.root).iterdir()
-                            if path.is_dir() and not path.name.startswith("."))
-        except OSError as error:
-            raise UserError(f"--root: cannot list {args.root}: {error.strerror}") from error
-        if len(found) == len(args.methods):
-            raise UserError(f"--root: {args.root} holds no folder; it must hold one for each method")
+        found += folders_below(Path(args.root), args.testset_name, args.cs_ratio)
     if not found:
         raise UserError("there is nothing to compare: name folders of pictures with --methods NAME=FOLDER, or --root")
     folders = {}
@@ -80,8 +74,27 @@ def method_folders(args: argparse.Namespace) -> dict[str, Path]:
             raise UserError(f"two methods are named {name}, {folders[name]} and {path}; rename one")
         if not name.isprintable():  # a line break, or bytes that are no text
             raise UserError(f"the name of the method {ascii(name)} cannot be printed; rename it")
-        folders[name] = find_folder(path, args.testset_name, args.cs_ratio)
+        folders[name] = path
     return folders
+
+
+def folders_below(root: Path, testset: str, cs_ratio: float) -> list[tuple[str, Path]]:
+    """The folders of `root` that hold pictures, with their names; the others are printed."""
+    try:
+        names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"--root: cannot list {root}: {error.strerror}") from error
+    found, without = [], []
+    for name in names:
+        try:
+            found.append((name, find_folder(root / name, testset, cs_ratio)))
+        except UserError as error:
+            without.append(f"note: --root: left out: {error}")
+    if not found:
+        raise UserError(f"--root: {root} has no folder of pictures; it must have one for each method")
+    if without:
+        print(wrapped(without), end="\n\n")
+    return found
 
 
 def choose(args: argparse.Namespace, pictures: list[Picture]) -> list[int]:

@@ -1,4 +1,4 @@
-"""README's picture: a photograph, what the camera's numbers give back by themselves, and reconstructions by IDM.
+"""README's picture: a photograph, what the camera keeps of it, what that gives back by itself, reconstructions by IDM.
 
     python benchmarks/teaser.py --out figs/teaser.png
 """
@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import IDM  # noqa: E402
+from model import IDM, BlockCompressedSensing  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
 from utils.files import write_whole  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
@@ -43,20 +43,42 @@ def draw(path: Path, names: Sequence[str] = ("chelsea", "coffee"), weights: Path
 
 
 def row(net: IDM, picture: Picture) -> np.ndarray:
-    """(H + caption, 5 W, 3) uint8, BGR."""
-    tiles = [caption(colour(picture, picture.luminance), "photograph")]
-    (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], RATIOS[0])
-    tiles.append(caption(colour(picture, back.reconstruction), f"A'y at 10 %: {back.psnr:.2f} dB"))
+    """(H + caption, 6 W, 3) uint8, BGR."""
+    measured = []
+
+    def back_project(y: torch.Tensor, operator: BlockCompressedSensing) -> torch.Tensor:
+        measured.append(y)
+        return operator.A_adjoint(y)
+
+    (back,) = evaluate(back_project, [picture], RATIOS[0])
+    tiles = [caption(colour(picture, picture.luminance), "photograph"),
+             caption(numbers(measured[0].flatten().numpy(), picture.luminance.shape), "what the camera keeps at 10 %"),
+             caption(grey(back.reconstruction), f"A'y at 10 %: {back.psnr:.2f} dB")]
     for ratio in RATIOS:
         (result,) = evaluate(net, [picture], ratio, size_multiple=net.size_multiple)
         tiles.append(caption(colour(picture, result.reconstruction), f"IDM at {100 * ratio:g} %: {result.psnr:.2f} dB"))
     return np.concatenate(tiles, axis=1)
 
 
+def numbers(y: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Measurements as a square of pixels, black at -3 σ and white at 3 σ, in the middle of a white (H, W, 3) tile."""
+    side = int(len(y) ** 0.5)
+    levels = np.clip(127.5 * (1 + y[:side**2].reshape(side, side) / (3 * y.std())), 0, 255)
+    tile = np.full(shape, 255.0)
+    top, left = ((length - side) // 2 for length in shape)
+    tile[top:top + side, left:left + side] = levels
+    return grey(tile)
+
+
+def grey(luminance: np.ndarray) -> np.ndarray:
+    """BGR of a luminance in [0, 255], without colours."""
+    return cv2.cvtColor(np.rint(luminance).astype(np.uint8), cv2.COLOR_GRAY2BGR)
+
+
 def colour(picture: Picture, luminance: np.ndarray) -> np.ndarray:
     """BGR of a luminance in [0, 255], with the photograph's own colours, if it has any."""
     if picture.ycrcb is None:
-        return cv2.cvtColor(np.rint(luminance).astype(np.uint8), cv2.COLOR_GRAY2BGR)
+        return grey(luminance)
     ycrcb = picture.ycrcb.copy()
     ycrcb[..., 0] = np.rint(luminance)
     return cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2BGR)

@@ -40,6 +40,7 @@ def place(tmp_path_factory) -> Path:
     write(place / "methods" / "faulty" / "farmhouse.png", np.zeros((40, 40), np.uint8))
     write(place / "own" / "house.png", np.zeros((40, 40), np.uint8))
     (place / "empty").mkdir()
+    (place / "methods" / "notes").mkdir()
     return place
 
 
@@ -72,6 +73,7 @@ def test_made_up_methods_in_a_process_of_their_own(place, tmp_path):
     assert tower[3:5] == ["inf*", "1.0000*"]
     assert ["IDM, T = 3 (TPAMI 2025), published", "32.92", "-", "-", "-", "-"] in lines
     text = " ".join(result.stdout.split())
+    assert f"note: --root: left out: {Path('methods/notes')} holds no picture" in text
     assert "2 of 4 pictures that all methods have: all but house, img_1." in text
     assert "faulty: missing (1): house" in text
     assert "faulty: wrong size (1): img_1_PSNR_40.00.png is 40x39 instead of 40x50" in text
@@ -146,7 +148,8 @@ def test_a_report_too_large_says_so(place, monkeypatch, capsys):
     (["--methods", "a=empty"], "empty holds no picture"),
     (["--methods", "a=data"], "data holds no picture"),
     (["--root", "nowhere"], "cannot list nowhere"),
-    (["--root", "own"], "own holds no folder"),
+    (["--root", "own"], "own has no folder of pictures"),
+    (["--methods", "a=methods/Ten", "--cs_ratio", "0.3", "--methods", "b=empty"], "nor does empty/Set11/30"),
     (["--root", "methods", "--methods", "Ten=own"], "two methods are named Ten"),
     (["--root", "methods", "--testset_name", "absent"], "absent"),
     (["--root", "methods", "--testset_name", ".."], "not .."),

@@ -180,7 +180,7 @@ def test_folders_without_a_picture_of_the_set_are_refused(tmp_path, testset):
     with pytest.raises(UserError, match="no file in .*other is named after .*lighthouse.png"):
         score_method("m", tmp_path / "other", testset)
     with pytest.raises(UserError, match="empty holds no picture"):
-        score_method("m", tmp_path / "empty", testset)
+        find_folder(tmp_path / "empty", "set", 0.1)
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
         find_folder(tmp_path / "nowhere", "set", 0.1)
 

@@ -9,6 +9,7 @@ from utils.matching import claimed_psnr, claimed_ssim, match
 @pytest.mark.parametrize("file", [
     "Barbara.png", "barbara.TIF", "BARBARA.bmp", "barbara_rec.png", "Barbara.tif_ratio_0.1_PSNR_32.78_SSIM_0.9379.png",
     "barbara_PSNR_32.78_SSIM_0.9379.png", "barbara_PSNR_inf_SSIM_1.0000.png", "IDM_Barbara_T3.png", "barbara (1).png",
+    "barbara_psnr32.78dB_ssim0.93.png", "barbara_PSNR_32,78 dB.png", "barbara_SSIM_-0.0812.png",
     "barbara.tif.png", "Set11-barbara-cs_ratio=0.25.jpg", "barbara_IDM_ratio_10_epoch_100_PSNR_32.780_SSIM_0.93790.png",
 ])
 def test_published_names_show_their_picture(file):
@@ -66,6 +67,8 @@ def test_no_guess_is_made():
     ("Barbara.tif_ratio_0.1_PSNR_32.78_SSIM_0.9379.png", 32.78, 0.9379),
     ("a_PSNR_32.png", 32, None), ("a_psnr=28.5.png", 28.5, None), ("a-PSNR-28.50-SSIM-0.9.png", 28.5, 0.9),
     ("psnr30.1ssim0.5.png", 30.1, 0.5), ("a_PSNR_inf_SSIM_1.0000.png", float("inf"), 1),
+    ("a_psnr32.78dB_ssim0.93.png", 32.78, 0.93), ("a_PSNR_32,78dB", 32.78, None), ("a_PSNR_30dBssim.9.png", 30, None),
+    ("a_SSIM_-0.7047.png", None, -0.7047), ("a ssim=-0.1", None, -0.1), ("a SSIM - 0.1", None, 0.1),
     ("a_noise_20dB.png", None, None), ("a_PSNR_info.png", None, None), ("30.12.png", None, None),
 ])
 def test_claims_are_read(file, psnr, ssim):

@@ -166,3 +166,9 @@ def test_latex_marks_escapes_and_sets_apart():
                         r"\textbf{30.00} & \textbf{0.3000} & 3 of 3 \\")
     assert lines[6:] == [r"b & \underline{29.00} & \underline{0.2900} & 3 of 3 \\", r"\midrule",
                          r"X, published & 20.00 & - & - \\", r"\bottomrule", r"\end{tabular}"]
+
+
+@pytest.mark.parametrize("name", ["[12] X", "*star"])
+def test_latex_keeps_a_name_from_being_taken_for_an_option(name):
+    """A row that begins with [ or * after the end of another is not text to LaTeX."""
+    assert f"\n{{}}{name} & " in latex(averages_table(comparison(method(name, p=30, q=30, r=30))))

@@ -109,12 +109,15 @@ def percent(cs_ratio: float) -> str:
 def find_folder(folder: Path, testset: str, cs_ratio: float) -> Path:
     """Where a method's pictures are: in folder/SET/RATIO, as test.py lays them out, or in the folder itself.
 
-    Raises UserError where it does not exist.
+    Raises UserError where it does not exist, or neither holds a picture.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; a method is given as NAME=FOLDER, a folder of its pictures")
     own = folder / testset / percent(cs_ratio)
-    return own if own.is_dir() else folder
+    for place in (own, folder):
+        if place.is_dir() and list_pictures(place):
+            return place
+    raise UserError(f"{folder} holds no picture (PNG, TIFF, BMP or JPEG), nor does {own}")
 
 
 def score_method(
@@ -125,13 +128,11 @@ def score_method(
 ) -> Method:
     """Score every file of `folder` that shows a picture of the test set; the others become remarks.
 
-    Raises UserError where the folder holds no picture, or none that is named after one of the set.
+    Raises UserError where no file is named after a picture of the set.
     """
     paths = {path.name: path for path in list_pictures(folder)}
-    if not paths:
-        raise UserError(f"{folder} holds no picture (PNG, TIFF, BMP or JPEG) of the method {name}")
     found = match([picture.name for picture in pictures], paths)
-    if len(found.extra) == len(paths):
+    if found.extra and len(found.extra) == len(paths):
         raise UserError(f"no file in {folder} is named after a picture of the test set: {found.extra[0]}, say, must "
                         f"begin with a name like {pictures[0].name}")
     method = Method(name, folder)

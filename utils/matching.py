@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from utils.images import SUFFIXES
 
-_NUMBER = r"[\s_=:-]*(\d+(?:\.\d+)?|(?:inf|nan)(?![^\W_]))"
-_PSNR = re.compile("_?psnr" + _NUMBER, re.IGNORECASE)
-_SSIM = re.compile("_?ssim" + _NUMBER, re.IGNORECASE)
-_RATIO = re.compile(r"_?(?<![^\W_])(?:cs_?)?ratio" + _NUMBER, re.IGNORECASE)
+_NUMBER = r"\d+(?:[.,]\d+)?|(?:inf|nan)(?![^\W_])"
+_PSNR = re.compile(rf"_?psnr[\s_=:-]*({_NUMBER})(?:[\s_]*dB(?=ssim|[\W_]|$))?", re.IGNORECASE)
+_SSIM = re.compile(rf"_?ssim[\s_=:-]*?((?:(?<=[\s_=:-])-)?(?:{_NUMBER}))", re.IGNORECASE)  # -0.1 in "SSIM_-0.1"
+_RATIO = re.compile(rf"_?(?<![^\W_])(?:cs_?)?ratio[\s_=:-]*(?:{_NUMBER})", re.IGNORECASE)
 
 
 @dataclass
@@ -60,14 +60,17 @@ def match(
 
 def claimed_psnr(file: str) -> float | None:
     """The PSNR in dB that a file's name claims, as in `_PSNR_32.78_`; None where it claims none."""
-    found = _PSNR.search(file)
-    return float(found[1]) if found else None
+    return _claimed(_PSNR, file)
 
 
 def claimed_ssim(file: str) -> float | None:
-    """The SSIM that a file's name claims, as in `_SSIM_0.9379`; None where it claims none."""
-    found = _SSIM.search(file)
-    return float(found[1]) if found else None
+    """The SSIM that a file's name claims, as in `_SSIM_0.9379` or `_SSIM_-0.1`; None where it claims none."""
+    return _claimed(_SSIM, file)
+
+
+def _claimed(claim: re.Pattern, file: str) -> float | None:
+    found = claim.search(file)
+    return float(found[1].replace(",", ".")) if found else None
 
 
 def _candidates(file: str, pictures: list[str]) -> list[str]:

@@ -210,4 +210,6 @@ def _markdown_text(text: str) -> str:
 def _latex_text(text: str) -> str:
     commands = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
                 "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
-    return re.sub(r'[\\~^<>|&%$#_{}]', lambda found: commands.get(found[0], "\\" + found[0]), " ".join(text.split()))
+    text = " ".join(text.split())
+    guard = "{}" if text.startswith(("[", "*")) else ""  # else the end of the row before would take it for an option
+    return guard + re.sub(r'[\\~^<>|&%$#_{}]', lambda found: commands.get(found[0], "\\" + found[0]), text)
