@@ -92,7 +92,8 @@ def evaluate_spread(
     """`evaluate` on `process.device`, the batches spread over the processes by cost.
 
     Returns the scores of all pictures in their order, the same list on every process; reconstructions are not in it
-    (None), since `each` has had them. Batches do not depend on the number of processes, hence the scores do not.
+    (None), since `each` has had them. Batches do not depend on the number of processes, hence the scores do not, as
+    long as each has as many threads.
     Raises what `evaluate` and `each` raise; and where one process fails, so do all, that none waits for it.
     """
     _check_same_pictures(process, pictures)
