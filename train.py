@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from model import IDM, BlockCompressedSensing, WeightsError
 from model.operators import number_of_measurements
 from utils import distributed, errors, files, training_report, training_state
-from utils.datasets import TrainingCrops
+from utils.datasets import NAMED, TrainingCrops, listed
 from utils.devices import memory_suffices
 from utils.errors import UserError
 from utils.evaluation import PRECISIONS
@@ -69,6 +69,10 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
         notes += run.restore(state)
     if process.is_main:
         run.log = TrainingLog(args.log_dir, args.run_name, run.progress.iteration)
+        notes.append(run.log.notice)
+        if len(crops.unreadable) > NAMED:
+            files.append_line(run.log.text, f"cannot be read: {listed(crops.unreadable)}")
+            notes.append(f"all files that cannot be read are named in {run.log.text}")
         print(training_report.opening(run, [*notes, *test_notes, crops.notice]), flush=True)
         if state:
             run.report(f"resumed from iteration {run.progress.iteration}")
@@ -87,7 +91,8 @@ def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM
     source, steps = args.base_model, args.step_number
     if source == "compact":
         try:
-            return IDM.compact(args.width, steps, args.shuffle)
+            with memory_suffices(f"for a network of --width {args.width}"):
+                return IDM.compact(args.width, steps, args.shuffle)
         except ValueError as error:
             raise UserError(f"--width {args.width} --shuffle {args.shuffle} make no network: {error}") from error
     with process.main_first():
@@ -114,6 +119,7 @@ def holds_idm(path: Path) -> bool:
 def train(run: Run) -> None:
     """Epoch after epoch until the last iteration, or until a signal asks to stop."""
     args, process, progress = run.args, run.process, run.progress
+    training_report.test_and_log(run)  # where the run was killed before that was done
     if progress.iteration >= run.last_iteration:
         process.print("nothing is left to do")
         return
@@ -126,7 +132,7 @@ def train(run: Run) -> None:
     seeds = (args.seed + slot for slot in run.slots)
     matrices = [sampling_matrix(max(args.cs_ratio.values), args.block_size, seed).to(process.device) for seed in seeds]
     loader = DataLoader(run.crops, batch_sampler=run.crop_numbers(), num_workers=args.num_workers,
-                        worker_init_fn=distributed.ignore_interrupts, pin_memory=process.device.type == "cuda",
+                        worker_init_fn=distributed.leave_process_group, pin_memory=process.device.type == "cuda",
                         generator=torch.Generator())  # its own, that a start draws nothing from everybody's
     with distributed.stop_on_signal() as stop_asked:
         batches = iter(loader)  # in here, so that Ctrl-C does not end a worker that is only starting
@@ -245,7 +251,7 @@ def give_up_if_nothing_is_finite(run: Run) -> None:
         sys.exit(1 if not run.process.is_main else
                  f"error: no finite loss or gradient in {in_a_row} iterations in a row, up to iteration "
                  f"{run.progress.iteration}; the last state is kept; try a smaller --learning_rate or "
-                 "--precision fp32")
+                 "--precision fp32, with another --model_dir")
 
 
 def finish_epoch(run: Run, epoch: training_report.Epoch) -> None:
@@ -261,9 +267,9 @@ def finish_epoch(run: Run, epoch: training_report.Epoch) -> None:
            or epoch.start % args.iters_per_epoch)
     if run.process.is_main and due:
         training_state.save_checkpoint(run.best, run.folder, epoch.number)
+    run.unlogged = record
     run.save()  # after the checkpoint: what a state counts as done is all there
-    record["tests"] = training_report.test_all(run)
-    training_report.log_epoch(run, record)
+    training_report.test_and_log(run)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The command line train.py from end to end, on crops of a few shipped pictures, and the mistakes a user can make."""
+import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ import torch
 
 import train
 from model import IDM
-from utils import training_state
+from utils import training_report, training_state
 from utils.errors import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,18 +289,69 @@ def test_a_step_without_enough_memory_says_what_to_do(call, monkeypatch, capsys,
                                        "--batch_size or --patch_size, or --invertible both\n")
 
 
-def test_workers_outlive_ctrl_c(call, monkeypatch, tmp_path):
-    backward = train.backward
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_does_not_end_its_workers(data, tmp_path, number):
+    """As Ctrl-C sends it, and `torch.distributed.run` where it ends."""
+    more = ["--num_workers", "2", "--iters_per_epoch", "100000", "--save_minutes", "0.001"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags(data, tmp_path, *more)]
+    training = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        until = time.monotonic() + 100
+        while len(training_state.list_states(tmp_path / "weight" / NAME)) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(training.pid, number)
+        printed = training.communicate(timeout=100)[0]
+    finally:
+        training.kill()
+    assert training.returncode == 0 and "stopped by a signal after iteration" in printed, printed
 
-    def interrupted(run, *arguments):
-        if run.progress.iteration == 2:  # each has cut a crop
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGINT)
-        return backward(run, *arguments)
 
-    monkeypatch.setattr(train, "backward", interrupted)
-    call("--num_workers", "2", "--iters_per_epoch", "12", "--epoch", "1", "--testset_name", "none")
-    assert read_state(tmp_path)["progress"]["iteration"] == 12
+def test_tests_that_a_kill_prevented_are_made_up_for(call, monkeypatch, tmp_path, capsys):
+    """In the middle of a run and at its end; with the scores of a run that was not killed."""
+    test, ends = training_report.test, {2, 4}
+
+    def killed(run, ratio):
+        if run.progress.iteration in ends and ratio == 0.5:
+            ends.remove(run.progress.iteration)
+            raise SystemExit
+        return test(run, ratio)
+
+    monkeypatch.setattr(training_report, "test", killed)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            call()
+    call()
+    assert not ends and capsys.readouterr().out.endswith("nothing is left to do\n")
+    call(place=tmp_path / "whole")
+    records, expected = ([json.loads(line) for line in (place / "log" / f"{NAME}.jsonl").read_text().splitlines()]
+                         for place in (tmp_path, tmp_path / "whole"))
+    assert [record["iteration"] for record in records] == [2, 4]
+    for name in ("tests", "loss", "v"):
+        assert [record[name] for record in records] == [record[name] for record in expected]
+
+
+def test_a_run_that_has_not_begun_may_be_started_with_other_settings(call, monkeypatch, tmp_path):
+    """Which is what the message about a lack of memory advises."""
+    def exhausted(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "backward", exhausted)
+        call("--batch_size", "4")
+    assert read_state(tmp_path)["progress"]["iteration"] == 0
+    call("--max_iters", "1")
+    assert read_state(tmp_path)["configuration"]["batch_size"] == 2
+
+
+def test_a_seed_of_any_length_and_many_unreadable_pictures(call, data, tmp_path, capsys):
+    folder = shutil.copytree(data / "pristine_images", tmp_path / "pictures")
+    for number in range(12):
+        (folder / f"broken{number:02}.png").write_bytes(b"")
+    call("--train_dir", str(folder), "--seed", "5000000000", "--max_iters", "1")
+    assert "and 2 more" in (printed := capsys.readouterr().out) and f"are named in {tmp_path}" in printed
+    assert "cannot be read: broken00.png, broken01.png" in (log := (tmp_path / "log" / f"{NAME}.txt").read_text())
+    assert "broken11.png" in log
 
 
 def test_processes_that_find_different_states_all_stop(whole, data, tmp_path):

@@ -64,3 +64,24 @@ def test_a_log_that_cannot_be_written_is_the_users_to_mend(tmp_path):
     (tmp_path / "run.txt").mkdir()
     with pytest.raises(UserError, match="cannot write .*run.txt"):
         TrainingLog(tmp_path, "run", 0).line("anything")
+
+
+def test_a_run_that_begins_puts_the_log_of_another_aside(tmp_path):
+    for number in range(3):
+        log = TrainingLog(tmp_path, "run", 0)
+        assert log.notice == (f"an earlier run's log is kept as {tmp_path / f'run.{number}.txt'} and beside it"
+                              if number else "")
+        log.line(f"run {number}")
+        log.scalars(1, loss=number)
+        log.record({"iteration": 1, "loss": number})
+        log.close()
+    for name, number in (("run", 2), ("run.1", 0), ("run.2", 1)):
+        assert (tmp_path / f"{name}.txt").read_text() == f"run {number}\n"
+        assert json.loads((tmp_path / f"{name}.jsonl").read_text())["loss"] == number
+        assert [event.value for event in board(tmp_path / name).Scalars("loss")] == [number]
+
+
+def test_curves_that_cannot_be_written_are_the_users_to_mend(tmp_path):
+    (tmp_path / "run").write_text("a file where TensorBoard wants a folder")
+    with pytest.raises(UserError, match="cannot write .*run "):
+        TrainingLog(tmp_path, "run", 0)

@@ -130,6 +130,22 @@ def test_a_changed_number_is_noticed(path):
         training_state.load_state(path)
 
 
+def test_flipped_bits_are_noticed_or_change_nothing(path):
+    """Those of zip's directory above all, from which torch.load takes more than it checks."""
+    whole, expected = path.read_bytes(), training_state.load_state(path)
+    directory = whole.index(b"PK\x01\x02")
+    random, refused = np.random.default_rng(0), 0
+    for bit in random.choice(np.arange(8 * directory, 8 * len(whole)), 1000, replace=False):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            assert repr(training_state.load_state(path)) == repr(expected)
+        except UserError:
+            refused += 1
+    assert refused > 100
+
+
 def test_code_in_a_state_is_not_run(path):
     class Harmful:
         def __reduce__(self):

@@ -1,4 +1,5 @@
 """Training crops: random windows of the luminance of a folder's pictures (paper, section 4)."""
+import sys
 import zlib
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class TrainingCrops(Dataset):
     Attributes:
         names: the pictures in use, relative to `folder`, sorted.
         pictures: their luminance, (H, W) uint8 each.
+        unreadable: the names of files that cannot be read.
         notice: a sentence about the pictures left out (unreadable, or smaller than P either way), or "".
 
     Raises:
@@ -40,9 +42,10 @@ class TrainingCrops(Dataset):
         found = open_pictures(Path(folder), None if cache_dir is None else Path(cache_dir))
         self.pictures = found.at_least(patch_size)
         self.names = self.pictures.names
+        self.unreadable = found.unreadable
         unreadable, small = len(found.unreadable), len(found) - len(self.names)
         total = len(found) + unreadable
-        reasons = [(unreadable, f"that cannot be read ({_listed(found.unreadable)})"),
+        reasons = [(unreadable, f"that cannot be read ({listed(found.unreadable, NAMED)})"),
                    (small, f"smaller than {patch_size}x{patch_size}")]
         left_out = " and ".join(f"{count} {reason}" for count, reason in reasons if count)
         if not self.names:
@@ -66,7 +69,7 @@ class TrainingCrops(Dataset):
         return f"{len(listing)} (names and sizes {checksum:08x})"
 
 
-def _listed(names: list[str]) -> str:
-    """The first few of many names, on one line whatever they hold."""
-    shown = [name if name.isprintable() else ascii(name) for name in names[:NAMED]]
-    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+def listed(names: list[str], most: int = sys.maxsize) -> str:
+    """Names, or so many of them, on one line whatever they hold."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

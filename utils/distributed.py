@@ -174,9 +174,12 @@ class Pulse:
         return sums
 
 
-def ignore_interrupts(worker: int) -> None:
-    """For a DataLoader's `worker_init_fn`: Ctrl-C reaches the workers as well, and the run still needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_process_group(worker: int) -> None:
+    """For a DataLoader's `worker_init_fn`: signals to the whole group, as from Ctrl-C and `torch.distributed.run`.
+
+    They are meant for the process that trains, which still needs its workers when it saves.
+    """
+    os.setsid()
 
 
 @contextmanager

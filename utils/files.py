@@ -37,7 +37,7 @@ def write_whole(
     """
     path = Path(path)
     partial = path.with_name(f".{path.name[-40:]}.partial")  # the whole name might become too long
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
@@ -57,7 +57,7 @@ def write_whole_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
         UserError: where it cannot be written; the old folder is then what it was.
     """
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    with _explained(folder):
+    with explained(folder):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
@@ -78,7 +78,7 @@ def write_whole_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, if it is there; raises UserError where that is not possible."""
-    with _explained(path):
+    with explained(path):
         path.unlink(missing_ok=True)
 
 
@@ -88,7 +88,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         UserError: where it cannot be written.
     """
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -106,7 +106,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failure to write `path` into a UserError that says so."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk

@@ -120,8 +120,16 @@ def summary(label: str, record: dict[str, Any]) -> str:
             f"{100 * record['data_wait']:.1f} % of it waiting for data, {record['peak_memory_mb']:.0f} MB{skipped}")
 
 
-def log_epoch(run: Run, record: dict[str, Any]) -> None:
-    """The whole record as a line of JSON, and its curves for TensorBoard; on rank 0."""
+def test_and_log(run: Run) -> None:
+    """Test after an epoch and log its record, unless the log has it; every rank must call it.
+
+    A state holds the record, so that a run that was killed here does both when it is taken up again.
+    """
+    record, run.unlogged = run.unlogged, None
+    logged = bool(run.log and run.log.iteration == run.progress.iteration)
+    if record is None or any(run.process.of_all(logged)):
+        return
+    record["tests"] = test_all(run)
     if not run.log:
         return
     curves = {name: record[name] for name in ("images_per_second", "data_wait", "peak_memory_mb", "skipped")}

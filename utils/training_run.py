@@ -1,8 +1,10 @@
 """A training run: what it consists of, where it is, and how it is saved and taken up again."""
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +33,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     testset: list[Picture] = field(default_factory=list)  # empty: no tests
     log: TrainingLog | None = None  # on rank 0
+    unlogged: dict[str, Any] | None = None  # record of the epoch just finished, until its tests are done
 
     def __post_init__(self):
         progress = self.progress
@@ -67,11 +70,11 @@ class Run:
         first = self.process.rank * self.args.accumulate
         return range(first, first + self.args.accumulate)
 
-    def crop_numbers(self) -> list[range]:
-        """Of every batch that this process is still to see; no two batches of any process share one."""
-        size, left = self.args.batch_size, self.last_iteration - self.progress.iteration
-        starts = (self.progress.crops + (i * self.batches + slot) * size for i in range(left) for slot in self.slots)
-        return [range(start, start + size) for start in starts]
+    def crop_numbers(self) -> Iterator[range]:
+        """Of every batch that this process is still to see, one by one; no two batches of any process share one."""
+        first, size, left = self.progress.crops, self.args.batch_size, self.last_iteration - self.progress.iteration
+        starts = (first + (i * self.batches + slot) * size for i in range(left) for slot in self.slots)
+        return (range(start, start + size) for start in starts)
 
     def report(self, line: str) -> None:
         """Print and log one line, on rank 0."""
@@ -99,6 +102,7 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 "progress": asdict(self.progress),
                 "random": random,
+                "unlogged": self.unlogged,
             })
 
     def restore(self, state: dict) -> list[str]:
@@ -117,6 +121,7 @@ class Run:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.unlogged = state.get("unlogged")
         if self.process.rank < len(state["random"]):
             training_state.restore_random_states(state["random"][self.process.rank])
         if before == self.process.world_size:
@@ -141,7 +146,9 @@ def find_state(args: argparse.Namespace, process: Process) -> tuple[dict | None,
     if len(set(done)) > 1:
         raise UserError("the processes find different states to go on from; --model_dir must be one folder that all "
                         "machines share")
-    if state is None and training_state.holds_checkpoint(folder):
+    if state and state["progress"]["iteration"] == 0:
+        state = None  # not begun: a start makes the same network again, or another if the settings are others
+    elif state is None and training_state.holds_checkpoint(folder):
         raise UserError(f"{folder} holds weights but no state to go on from; train into another --model_dir")
     return state, notes
 

@@ -3,6 +3,7 @@ import pickle
 import random
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,16 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            damaged = archive.testzip()
+            # And where an entry is marked as a folder, it leaves the tensor as it finds it in memory.
+            damaged = archive.testzip() or next((entry.filename for entry in archive.infolist() if entry.external_attr),
+                                                None)
         if damaged is None:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise UserError(f"{path} is not a whole training state ({first_line(error)})") from error
     if damaged is not None:
-        raise UserError(f"{path} is damaged (wrong checksum of {damaged})")
+        raise UserError(f"{path} is damaged ({damaged} is not as it was written)")
     if not isinstance(state, dict) or _PARTS - state.keys():
         raise UserError(f"{path} is not a training state of this program")
     return state
@@ -111,7 +115,7 @@ def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path
 def seed_all(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators, those of all devices."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
