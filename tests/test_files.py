@@ -83,3 +83,12 @@ def test_a_log_grows_line_by_line(tmp_path):
     append_line(log, "[01/50] loss: 0.0312")
     append_line(log, "[02/50] loss: 0.0300")
     assert log.read_text() == "[01/50] loss: 0.0312\n[02/50] loss: 0.0300\n"
+
+
+def test_files_of_a_folder_are_as_readable_as_any_other(tmp_path):
+    def fill(place):
+        os.close(os.open(place / "private", os.O_CREAT, 0o600))
+
+    write_whole_folder(tmp_path / "folder", fill)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "folder" / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -64,6 +64,8 @@ def write_whole_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
             partial.mkdir(parents=True)
             fill(partial)
             for path in partial.rglob("*"):
+                if path.is_file():  # which safetensors makes readable by its owner alone
+                    path.chmod(partial.stat().st_mode & 0o666)
                 _sync(path)
             if folder.exists():
                 os.replace(folder, old)

@@ -16,7 +16,9 @@ train() {  # PROCESSES NAME OPTIONS: the run called NAME
 train 1 first --base_model compact --patch_size 64 --batch_size 2 --epoch 8 --warm_up 80
 train 2 second --base_model "$folder/first/$run" --patch_size 96 --batch_size 1 --epoch 5 --lr_schedule cosine
 train 2 third --base_model "$folder/second/$run" --patch_size 96 --batch_size 2 --epoch 6 --lr_schedule cosine
-"$python" - "$folder/third/$run" "$folder/compact" <<'EOF'
+train 2 fourth --base_model "$folder/third/$run" --patch_size 96 --batch_size 4 --epoch 6 --lr_schedule cosine \
+    --iters_per_epoch 250 --learning_rate 4e-4
+"$python" - "$folder/fourth/$run" "$folder/compact" <<'EOF'
 import sys
 from model import IDM
 IDM.from_checkpoint(sys.argv[1]).half().save_pretrained(sys.argv[2])
