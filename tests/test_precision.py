@@ -63,17 +63,22 @@ def test_reversible_differs_from_plain_by_less_than_half_precision_itself(half: 
 
 @pytest.mark.parametrize(("half", "least"), [(torch.bfloat16, 0.999), (torch.float16, 0.9995)])
 def test_half_precision_against_fp32(half: torch.dtype, least: float):
-    """With fp32's signs of x̂ − x: in a picture this small, a handful of flipped ones would drown the arithmetic."""
+    """With fp32's signs of x̂ − x: in a picture this small, a handful of flipped ones would drown the arithmetic.
+
+    Over four operators, since a single one may lie far off: ours is at 0.57 and 0.63 of what autocast alone does.
+    """
     net = IDM.from_checkpoint(ROOT / "weight" / "compact")
     net.invertible = "none"
-    x = photographs(32)
-    operator = BlockCompressedSensing.random((32, 32), 0.1, 32, torch.Generator().manual_seed(0))
-    error, exact = gradient(net, operator, x)
-    _, rounded = gradient(net, operator, x, half, error.sign())
-    assert cosine(rounded, exact) > least
-    with autocast_alone(net):  # conv_in, conv_out and the injectors' maps in half as well
-        _, careless = gradient(net, operator, x, half, error.sign())
-    assert distance(rounded, exact) < distance(careless, exact)
+    x, ours, careless = photographs(32), 0.0, 0.0
+    for seed in range(4):
+        operator = BlockCompressedSensing.random((32, 32), 0.1, 32, torch.Generator().manual_seed(seed))
+        error, exact = gradient(net, operator, x)
+        _, rounded = gradient(net, operator, x, half, error.sign())
+        assert cosine(rounded, exact) > least
+        ours += distance(rounded, exact)
+        with autocast_alone(net):  # conv_in, conv_out and the injectors' maps in half as well
+            careless += distance(gradient(net, operator, x, half, error.sign())[1], exact)
+    assert ours < 0.8 * careless
 
 
 def test_full_precision_convolution():
