@@ -70,8 +70,9 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     if process.is_main:
         run.log = TrainingLog(args.log_dir, args.run_name, run.progress.iteration)
         notes.append(run.log.notice)
-        if len(crops.unreadable) > NAMED:
+        if crops.unreadable:
             files.append_line(run.log.text, f"cannot be read: {listed(crops.unreadable)}")
+        if len(crops.unreadable) > NAMED:
             notes.append(f"all files that cannot be read are named in {run.log.text}")
         print(training_report.opening(run, [*notes, *test_notes, crops.notice]), flush=True)
         if state:
