@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from model import IDM, BlockCompressedSensing, WeightsError
 from model.operators import number_of_measurements
 from utils import distributed, errors, files, training_report, training_state
-from utils.datasets import NAMED, TrainingCrops, listed
+from utils.datasets import NAMED, TrainingCrops
 from utils.devices import memory_suffices
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.evaluation import PRECISIONS
 from utils.learning_rate import learning_rate
 from utils.sampling import sampling_matrix
@@ -71,7 +71,7 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
         run.log = TrainingLog(args.log_dir, args.run_name, run.progress.iteration)
         notes.append(run.log.notice)
         if crops.unreadable:
-            files.append_line(run.log.text, f"cannot be read: {listed(crops.unreadable)}")
+            files.append_line(run.log.text, f"cannot be read: {listed(crops.unreadable, len(crops.unreadable))}")
         if len(crops.unreadable) > NAMED:
             notes.append(f"all files that cannot be read are named in {run.log.text}")
         print(training_report.opening(run, [*notes, *test_notes, crops.notice]), flush=True)

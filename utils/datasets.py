@@ -1,5 +1,4 @@
 """Training crops: random windows of the luminance of a folder's pictures (paper, section 4)."""
-import sys
 import zlib
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.luminance_cache import open_pictures
 
 NAMED = 10  # of the files that cannot be read
@@ -67,9 +66,3 @@ class TrainingCrops(Dataset):
                    zip(self.names, self.pictures.shapes.tolist(), strict=True)]
         checksum = zlib.crc32("\n".join(listing).encode(errors="surrogateescape"))
         return f"{len(listing)} (names and sizes {checksum:08x})"
-
-
-def listed(names: list[str], most: int = sys.maxsize) -> str:
-    """Names, or so many of them, on one line whatever they hold."""
-    shown = [name if name.isprintable() else ascii(name) for name in names[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

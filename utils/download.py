@@ -15,13 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.errors import UserError, run
+from utils.errors import UserError, listed, run
 from utils.files import make_folder, write_whole
 from utils.flags import Parser, run_name
 from utils.published import RATIOS
 from utils.sources import HOMES, offers
 from utils.testsets import KNOWN_SETS
-from utils.verify import CHECKSUMS, WATERLOO, check_testset, check_waterloo, check_weights, find, listed, verdict
+from utils.verify import CHECKSUMS, WATERLOO, check_testset, check_waterloo, check_weights, find, verdict
 
 WEIGHTS = tuple(f"{run_name([ratio], 3, 32)}/net_params_50.pkl" for ratio in RATIOS)
 NAMES = (*HOMES, "Waterloo", "weights")

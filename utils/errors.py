@@ -2,7 +2,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 HEAD_START = 5  # seconds that rank 0 has to report a mistake before another rank does
 
@@ -15,6 +15,13 @@ def first_line(error: Exception) -> str:
     """What went wrong in a few words: the operating system's where it is from there, else the message's first line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return reason.strip().partition("\n")[0] or type(error).__name__
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message, the first few of many, on one line whatever they hold."""
+    names = list(names)
+    shown = [name if name.isprintable() else ascii(name) for name in names[:most]]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def run(main: Callable[[], None], *also: type[Exception]) -> None:

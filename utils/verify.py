@@ -13,13 +13,14 @@ import os
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from utils.errors import listed
 from utils.images import SUFFIXES
 
 CHECKSUMS = json.loads(Path(__file__).with_name("checksums.json").read_text(encoding="utf-8"))
@@ -147,11 +148,6 @@ def _look(path: Path, known: dict) -> str:
         return verdict(path.read_bytes(), known)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # --- what is fetched by hand ---------------------------------------------------------------------------------------
