@@ -3,7 +3,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import skimage
 import torch
 
+from tests.test_distributed import free_port
 from utils import training_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,12 +41,6 @@ def flags(pictures: Path, place: Path, *more: str) -> list[str]:
             "--save_minutes", "0.002", "--save_interval", "2", "--ema", "0.9", "--clip", "0.5", "--lr_schedule",
             "cosine", "--device", "cpu", "--testset_name", "none", "--train_dir", str(pictures), "--data_dir",
             str(place), "--model_dir", str(place / "weight"), "--log_dir", str(place / "log"), *more]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def train(pictures: Path, place: Path, processes: int, kills: int, longest_life: float = 0) -> dict:
