@@ -74,6 +74,8 @@ def method_folders(args: argparse.Namespace) -> dict[str, Path]:
             raise UserError(f"two methods are named {name}, {folders[name]} and {path}; rename one")
         if not name.isprintable():  # a line break, or bytes that are no text
             raise UserError(f"the name of the method {ascii(name)} cannot be printed; rename it")
+        if re.fullmatch(r"\d+(\.\d+)?", path.name) and path.name != percent(args.cs_ratio):
+            print(f"note: {name}: {path} is named as pictures at {path.name} % are\n")
         folders[name] = path
     return folders
 

@@ -30,6 +30,7 @@ from utils.speed import compile_blocks, pick_precision
 from utils.testsets import Picture, load_testset
 
 METRICS = {"lpips": Lpips, "fid": Fid}
+PUBLISHED_EPOCH = 50  # of the files that the authors give away
 
 
 def main() -> None:
@@ -65,6 +66,7 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
         precision, reason = pick_precision(process, net, pictures, ratio, args.block_size, args.seed,
                                            net.size_multiple, args.batch_size)
         process.print(f"precision {reason}")
+    label = name if len(args.cs_ratio) == 1 else f"{name}/{100 * ratio:.10g}"
     lpips, fid = metrics.get("lpips"), metrics.get("fid")
     alone, numbers = process.world_size == 1, itertools.count(1)
     # disable=None: a bar only where stderr is a terminal; of several processes it is about the first one's share
@@ -74,7 +76,7 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
         def each(picture: Picture, result: Result) -> None:
             bar.update()
             if alone:
-                report(result, next(numbers), len(pictures), name)
+                report(result, next(numbers), len(pictures), label)
             file = f"{result.name}_PSNR_{result.psnr:.2f}_SSIM_{result.ssim:.4f}.png"
             write_reconstruction(folder / file, result.reconstruction, picture.ycrcb)
             remove_former(folder, result.name, keep=file)
@@ -88,14 +90,14 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
         scores.others["FID"] = fid.value()
     if process.is_main:
         for result in [] if alone else results:
-            report(result, next(numbers), len(pictures), name)
+            report(result, next(numbers), len(pictures), label)
         write_scores(folder / "scores.csv", results)
     return scores
 
 
-def report(result: Result, number: int, count: int, name: str) -> None:
+def report(result: Result, number: int, count: int, label: str) -> None:
     """A picture's line, and on stderr what is to be said of its scores."""
-    tqdm.write(f"[{number:02d}/{count:02d}] {name}/{result.name}  PSNR: {result.psnr:.2f} dB  "
+    tqdm.write(f"[{number:02d}/{count:02d}] {label}/{result.name}  PSNR: {result.psnr:.2f} dB  "
                f"SSIM: {result.ssim:.4f}{more(result.others)}  {result.seconds:.2f} s")
     sys.stdout.flush()
     if math.isnan(result.psnr):
@@ -111,18 +113,23 @@ def find_weights(args: argparse.Namespace, ratio: float) -> Path:
         if not Path(args.weights).exists():
             raise UserError(f"--weights names {args.weights}, which does not exist")
         return Path(args.weights)
-    model_dir = Path(args.model_dir)
-    folder = model_dir / run_name([ratio], args.step_number, args.block_size)
-    published = folder / f"net_params_{args.epoch}.pkl"
-    others = sorted(path.name for path in folder.glob("net_params_*.pkl"))
-    if others and not published.exists():  # never fall back silently to other weights than those being trained
-        raise UserError(f"{folder} holds {', '.join(others)}, but not {published.name}; choose an --epoch")
-    compact = (model_dir / "compact", Path(__file__).resolve().parent / "weight" / "compact")
-    for path in (published, folder / "pretrained", *compact):
-        if path.exists():
-            return path
-    raise UserError(f"there are no weights for ratio {ratio:g}: neither {published} nor {compact[0]} exists; "
-                    "train them with train.py, or name others with --weights")
+    here = Path(__file__).resolve().parent / "weight"
+    model_dirs = [Path(args.model_dir)] if args.model_dir else [Path("weight"), here]
+    name = run_name([ratio], args.step_number, args.block_size)
+    file = f"net_params_{PUBLISHED_EPOCH if args.epoch is None else args.epoch}.pkl"
+    for folder in (model_dir / name for model_dir in model_dirs):
+        published = folder / file
+        if published.exists():
+            return published
+        if others := sorted(path.name for path in folder.glob("net_params_*.pkl")):  # other weights are never taken
+            raise UserError(f"{folder} holds {', '.join(others)}, but not {file}; choose an --epoch")
+        if (folder / "pretrained").exists():
+            return folder / "pretrained"
+    compact = [model_dir / "compact" for model_dir in model_dirs]
+    if found := [path for path in compact if path.exists()]:
+        return found[0]
+    raise UserError(f"there are no weights for ratio {ratio:g}, neither {model_dirs[0] / name / file} nor "
+                    f"{compact[0]}; train them with train.py, or name others with --weights")
 
 
 def load_network(path: Path, args: argparse.Namespace, process: Process) -> IDM:
@@ -133,6 +140,8 @@ def load_network(path: Path, args: argparse.Namespace, process: Process) -> IDM:
     process.print(f"{path}: {parameters:,} parameters, T = {steps}, on {device} in {args.precision}{spread}")
     if args.step_number != steps:
         process.print(f"these weights are for T = {steps}; --step_number {args.step_number} does not apply")
+    if args.epoch is not None and path.name != f"net_params_{args.epoch}.pkl":
+        process.print(f"these weights are the only ones there; --epoch {args.epoch} does not apply")
     with memory_suffices(f"for the network on {device}; choose another --device"):
         net.to(device, memory_format=torch.channels_last)  # what GPUs' convolutions take in half precision
     if args.compile:
@@ -178,11 +187,11 @@ def table(scores: dict[tuple[str, float], Scores]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--epoch", type=whole(0), default=50, help="which of the saved epochs to load")
+    add("--epoch", type=whole(0), help=f"which of the saved epochs to load; {PUBLISHED_EPOCH} if not given")
     add("--step_number", type=whole(1), default=3, help="T, the sampling steps of the weights to load")
     add("--cs_ratio", type=ratios, default="0.1", help="M / N in (0, 1]; several as 0.1/0.3/0.5")
     add("--block_size", type=whole(1), default=32, help="B: rows of B² pixels are measured by themselves")
-    add("--model_dir", default="weight", help="folder of the weights")
+    add("--model_dir", help="folder of the weights; weight, here or beside test.py, if not given")
     add("--data_dir", default="data", help="folder of the test sets")
     add("--testset_name", type=names, default="Set11",
         help="a folder of pictures in the data folder, or Samples, which needs none; several as Set11,CBSD68")
@@ -208,7 +217,10 @@ def metrics(text: str) -> list[str]:
 
 
 def names(text: str) -> list[str]:
-    values = [part.strip() for part in re.split("[/,]", text)]
+    values = [part.strip() for part in re.split("[/,]", text.rstrip("/"))]
+    folder = Path(text)
+    if len(values) > 1 and folder.is_dir():
+        raise argparse.ArgumentTypeError(f"takes no path; use --data_dir {folder.parent} --testset_name {folder.name}")
     if not all(part.strip(".") for part in values):
         raise argparse.ArgumentTypeError(f"must be a folder in the data folder, or several as Set11,CBSD68, not {text}")
     return list(dict.fromkeys(values))

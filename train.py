@@ -122,7 +122,7 @@ def train(run: Run) -> None:
     args, process, progress = run.args, run.process, run.progress
     training_report.test_and_log(run)  # where the run was killed before that was done
     if progress.iteration >= run.last_iteration:
-        process.print("nothing is left to do")
+        process.print(f"nothing is left to do; the weights are in {run.folder}")
         return
     if progress.iteration == 0:
         run.save()  # whatever happens from now on, there is a state; and the disk has room for one
@@ -145,6 +145,7 @@ def train(run: Run) -> None:
                            "there")
                 return
             finish_epoch(run, epoch)
+    process.print(f"done; the weights are in {run.folder}")
 
 
 def train_epoch(

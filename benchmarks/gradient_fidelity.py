@@ -258,10 +258,17 @@ def main() -> None:
         for seed in range(args.draws):
             torch.manual_seed(seed)
             draws.append(PARTS[part](args, Setting(args, seed)))
-        results[part] = {"machine": machine(args.device), "settings": options, "rows": averages(draws)}
+        results[part] = {"machine": machine(args.device), "settings": settings(part, options), "rows": averages(draws)}
         show(part, results[part]["rows"])
         save_results(args.out, results)
     draw(results, args.figure)
+
+
+def settings(part: str, options: dict) -> dict:
+    """What a part was measured with: where a flag is not about it, what stands in its place."""
+    width = options["width"] if part.endswith("narrow") else "of the weights" if part.endswith("compact") else 320
+    steps = options["steps"] if part.startswith("reversal") else [1] if part == "chain" else [3]
+    return options | {"width": width, "steps": steps}
 
 
 def words(known) -> Callable[[str], list[str]]:

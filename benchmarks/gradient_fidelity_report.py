@@ -57,7 +57,7 @@ def draw(results: dict, path: Path) -> None:
             line = [row for row in rows if row["precision"] == precision and row["step"].endswith(step)]
             left.semilogy([row["T"] for row in line], [row["off"] for row in line], style, color=colour,
                           markersize=4, label=f"{precision}, {line[0]['step']}" if line else None)
-    left.axhline(1e-4, color="grey", linewidth=1)
+    left.axhline(1e-4, color="grey", linewidth=1, label="the goal, cosine 0.9999")
     left.set(xlabel="T", title="reversible against plain, fresh narrow network")
     left.set_ylabel("1 - cosine to plain autograd, same precision")
     ablation.sort(key=lambda row: row["fixed_signs"]["relative_error"])
@@ -66,5 +66,5 @@ def draw(results: dict, path: Path) -> None:
                   color=["tab:blue" if row["in half"] in IN_FULL_PRECISION else "lightgrey" for row in ablation])
         axes.set(xscale="log", xlabel="relative error of the gradient", title="this alone in bf16 (blue: here in fp32)")
     if left.lines:
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4 if right else 2, fontsize=8)
     save(figure, path, dpi=120)

@@ -143,15 +143,17 @@ def draw(result: dict, path: Path) -> None:
     from benchmarks.pictures import plt, save
 
     settings, crop = result["settings"], max(result["settings"]["crops"])
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     for setting in settings["settings"]:
         points = [(steps, result["held_mb"][f"{crop}, T = {steps}"][setting]) for steps in settings["steps"]]
-        axes.plot(*zip(*((t, mb / 1e3) for t, mb in points if mb is not None), strict=True), marker="o", label=setting)
-    axes.set(xlabel="sampling steps T", ylabel="GB", yscale="log", xticks=settings["steps"],
-             title=f"What a training step holds beside weights and gradients\n(batch {settings['batch_size']} of "
-                   f"{crop}×{crop}, width {settings['width']}, {settings['precision']}, {settings['device']})")
+        axes.plot(*zip(*((t, mb / 1e3) for t, mb in points if mb is not None), strict=True), marker="o",
+                  label="none, each block\ncheckpointed" if setting == "checkpoint" else setting)
+    axes.set(xlabel="sampling steps T", ylabel="GB beside weights, gradients\nand Adam's averages", yscale="log",
+             xticks=settings["steps"])
+    axes.set_title(f"a training step: batch {settings['batch_size']} of {crop}×{crop}, width {settings['width']}, "
+                   f"{settings['precision']}, {settings['device']}", fontsize=10)
     axes.grid(alpha=0.3)
-    figure.legend(title="invertible", loc="outside right upper")
+    axes.legend(title="invertible", loc="upper left", bbox_to_anchor=(1.02, 1))
     save(figure, path, dpi=150)
 
 

@@ -31,10 +31,11 @@ def psnr(measured: dict, path: Path) -> None:
         for ratio in RATIOS:
             for method in published_averages(testset, ratio):
                 published.setdefault(method.name, []).append((100 * ratio, method.psnr))
-        markers = iter("v^<>spDh")
+        markers = zip("v^<>spDh", range(-4, 4), strict=True)  # side by side, or they would hide each other
         for name, points in published.items():
-            marker, size = ("*", 10) if name.startswith("IDM") else (next(markers), 5)
-            axes.plot(*zip(*points, strict=True), marker, markersize=size, label=f"{name}, published")
+            (marker, place), size = (("*", 0), 10) if name.startswith("IDM") else (next(markers), 5)
+            axes.plot([percent + 0.8 * place for percent, _ in points], [value for _, value in points], marker,
+                      markersize=size, label=f"{name}, published")
         ours = [scores[str(ratio)]["psnr"] for ratio in RATIOS]
         axes.plot(percent, ours, "k-o", label="compact weights, measured here")
         axes.set(title=testset, xlabel="ratio, %", xticks=percent)
@@ -48,7 +49,7 @@ def time(training: dict, inference: dict, path: Path) -> None:
     """Seconds of a training step, and of a reconstruction."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
     settings = training["settings"]
-    steps = {"the published way" if name == "published" else name: row["seconds"]
+    steps = {"as published" if name == "published" else name: row["seconds"]
              for name, row in training["results"].items() if name != "forward only"}
     bars(left, steps, f"training step, width {settings['width']}, {settings['batch_size']} of "
                       f"{settings['crop']}×{settings['crop']}, T = {settings['step_number']}", training["machine"])
@@ -62,7 +63,7 @@ def bars(axes: plt.Axes, seconds: dict[str, float], title: str, machine: dict) -
     labels = axes.barh(list(seconds), list(seconds.values()), color="#6fa8dc")
     axes.bar_label(labels, fmt="%.2f", padding=2, fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(f"seconds on {machine['device']}, {machine['threads']} threads", fontsize=8)
 

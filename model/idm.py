@@ -134,6 +134,8 @@ class IDM(ModelMixin, ConfigMixin):
         `compact_start`).  Little of x̂_t passes a step by, except that the first gives back what ε is worth more there
         than in the second.
         """
+        if shuffle > 0 and width % (2 * shuffle**2):
+            raise ValueError(f"the width must be a multiple of {2 * shuffle**2}")
         net = cls((width, 2 * width), num_steps, shuffle, num_attention_heads=max(1, width // 32), norm_groups=1)
         levels = compact_start.noise_levels(num_steps)
         with torch.no_grad():  # 1 + c_t² = 1 / ᾱ_t
@@ -161,8 +163,16 @@ class IDM(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "IDM":
-        """Load a published checkpoint (.pkl) or a folder that `save_pretrained` wrote."""
+        """Load a published checkpoint (.pkl), or a folder that `save_pretrained` wrote, or `train.py` did around it.
+
+        Raises:
+            WeightsError: where there is none, or it does not fit; then the message says what and where.
+        """
         path = Path(path)
+        if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+            path = path.parent
+        elif (path / "pretrained").is_dir():
+            path /= "pretrained"
         return checkpoint.read_pretrained(cls, path) if path.is_dir() else checkpoint.build_official(cls, path)
 
     @property

@@ -96,7 +96,8 @@ def read_pickle(path: Path) -> Any:
         raise WeightsError(f"there is no weight file {path}") from error
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} was refused: it holds more than bare tensors, which could run code, or is no "
-                           "PyTorch file at all; take its .safetensors version, or the folder it lies in") from error
+                           "PyTorch file at all (a broken download?); take its .safetensors version, or the folder it "
+                           "lies in, where there is one") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise WeightsError(f"{path} cannot be read (is it truncated?): {first_line(error)}") from error
 

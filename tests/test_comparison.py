@@ -115,6 +115,16 @@ def test_a_claim_off_by_more_than_a_tenth_of_a_decibel_is_told(tmp_path, claim, 
     assert [claim.kind for claim in claims] == ["claim"] * told
     if told:
         assert "scores 31.23 dB" in claims[0].text
+        assert "rounding" not in claims[0].text  # worth 0.007 dB
+
+
+@pytest.mark.parametrize("claim, explained", [("48.50", True), ("49.20", False), ("47.90", False)])
+def test_a_claim_that_rounding_explains_is_told_as_such(tmp_path, claim, explained):
+    """An offset of 1 has 48.13 dB; 1/12 more or less of squared error is 0.35 dB there."""
+    picture = Picture("img_1", RNG.integers(60, 190, (40, 40), dtype=np.uint8))
+    write(tmp_path / "m" / f"img_1_PSNR_{claim}.png", picture.luminance + 1)
+    (remark,) = score_method("m", tmp_path / "m", [picture]).remarks
+    assert remark.text.endswith("scores 48.13 dB, as rounding to 8 bits may explain") == explained
 
 
 def test_averages_over_the_pictures_that_all_methods_have(tmp_path, testset):

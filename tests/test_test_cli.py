@@ -19,7 +19,7 @@ from model import IDM
 from tests.test_distributed import free_port
 from utils import speed
 from utils.distributed import Process
-from utils.errors import run
+from utils.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"grey": (40, 50), "tiny": (3, 5), "ümlaut": (32, 32)}
@@ -277,7 +277,10 @@ def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--device", "abacus"], "--device abacus"),
     (["--device", "meta"], "--device meta"),
-    (["--testset_name", "absent"], "absent"),
+    (["--testset_name", "absent"], "absent: a test set is a folder of pictures in data, which has "),
+    (["--testset_name", "data/other"], "use --data_dir data --testset_name other"),
+    (["--testset_name", "absent/"], "absent: a test set"),
+    (["--model_dir", "mistyped"], "mistyped/compact"),
     (["--testset_name", ".."], ".."),
     (["--testset_name", "Urban100"], "Huang"),
     (["--testset_name", "empty"], "no picture"),
@@ -301,6 +304,37 @@ def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, messag
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_weights_beside_the_script_serve_elsewhere_unless_another_folder_is_named(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "__file__", str(place / "test.py"))
+
+    def found(*flags: str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["test.py", "--step_number", "1", "--block_size", "8", *flags])
+        return script.find_weights(script.parse_arguments(), 0.1)
+
+    assert found() == place / "weight" / "compact"
+    published = shutil.copytree(place / "published", place / "weight", dirs_exist_ok=True) / "R_0.10_T_1_B_8"
+    try:
+        assert found() == published / "net_params_50.pkl"
+        with pytest.raises(UserError, match="but not net_params_7.pkl"):
+            found("--epoch", "7")
+        (tmp_path / "weight").mkdir()
+        with pytest.raises(UserError, match="neither mistyped.* nor mistyped"):
+            found("--model_dir", "mistyped")
+    finally:
+        shutil.rmtree(published)
+
+
+def test_a_runs_folder_or_the_file_in_it_will_do(place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "weight" / "compact", tmp_path / "pretrained")
+    file = tmp_path / "pretrained" / "diffusion_pytorch_model.safetensors"
+    for path in (tmp_path, file):
+        monkeypatch.setattr(sys, "argv", ["test.py", "--weights", str(path), "--epoch", "7"])
+        net = script.load_network(path, script.parse_arguments(), alone())
+        assert torch.equal(net.steps[0].v, IDM.from_pretrained(place / "weight" / "compact").steps[0].v)
+        assert "--epoch 7 does not apply" in capsys.readouterr().out
 
 
 def test_missing_weights_say_where_they_were_looked_for(place, tmp_path, monkeypatch, capsys):

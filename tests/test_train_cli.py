@@ -147,7 +147,7 @@ def test_a_signal_in_the_last_iteration_lets_the_run_end(call, monkeypatch, tmp_
     call("--max_iters", "1")
     assert read_state(tmp_path)["progress"]["iteration"] == 1 and weights(tmp_path)
     call("--max_iters", "1")
-    assert capsys.readouterr().out.endswith("nothing is left to do\n")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("nothing is left to do; ")
 
 
 def test_the_running_average_of_the_weights(call, monkeypatch, tmp_path):
@@ -322,7 +322,7 @@ def test_tests_that_a_kill_prevented_are_made_up_for(call, monkeypatch, tmp_path
         with pytest.raises(SystemExit):
             call()
     call()
-    assert not ends and capsys.readouterr().out.endswith("nothing is left to do\n")
+    assert not ends and capsys.readouterr().out.splitlines()[-1].startswith("nothing is left to do; ")
     call(place=tmp_path / "whole")
     records, expected = ([json.loads(line) for line in (place / "log" / f"{NAME}.jsonl").read_text().splitlines()]
                          for place in (tmp_path, tmp_path / "whole"))
@@ -377,11 +377,13 @@ train.errors.run(train.main)
     (["--patch_size", "27", "--block_size", "3"], "--patch_size must be a multiple of 24 here, not 27"),
     (["--cs_ratio", "0.5-0.1"], "--cs_ratio: the range 0.5-0.1 must go from a lower ratio to a higher one"),
     (["--cs_ratio", "0.1-1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
+    (["--cs_ratio", "10"], "--cs_ratio: must lie in (0, 1], not 10; 10 % is 0.1"),
     (["--ema", "1"], "--ema: must be a number below 1, not 1"),
     (["--clip", "0"], "--clip: must be a number above 0, not 0"),
     (["--accumulate", "0"], "--accumulate: must be a whole number of at least 1, not 0"),
     (["--cache_dir", "/dev/null/cache"], "--cache_dir"),
     (["--cs_ratio", "1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
+    (["--cs_ratio", "10"], "--cs_ratio: must lie in (0, 1], not 10; 10 % is 0.1"),
     (["--cs_ratio", "ten"], "--cs_ratio: must be a number, or several as 0.1/0.3/0.5, not ten"),
     (["--batch_size", "0"], "--batch_size: must be a whole number of at least 1, not 0"),
     (["--epoch", "ten"], "--epoch: must be a whole number of at least 1, not ten"),
@@ -394,6 +396,7 @@ train.errors.run(train.main)
     (["--train_dir", "nowhere"], "there is no folder nowhere"),
     (["--patch_size", "512"], "none of the 2 pictures"),
     (["--width", "30"], "--width 30"),
+    (["--width", "16"], "the width must be a multiple of 32"),
     (["--base_model", "nowhere.pkl"], "nowhere.pkl"),
     (["--device", "toaster"], "--device toaster"),
 ])

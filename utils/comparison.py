@@ -187,6 +187,8 @@ def _score(method: Method, picture: Picture, path: Path) -> None:
                                               (claimed_ssim(path.name), score.ssim, SSIM_TOLERANCE, "SSIM {:.4f}")):
         if claimed is not None and gap(claimed, scored) > tolerance + 1e-9:
             text = f"{picture.name} claims {shown.format(claimed)}, scores {shown.format(scored)}"
+            if shown.endswith("dB") and 0 < claimed - scored <= tolerance + rounding_effect(claimed) < np.inf:
+                text += ", as rounding to 8 bits may explain"
             method.remarks.append(Remark("claim", text, picture.name, path.name))
 
 

@@ -41,7 +41,8 @@ def ratios(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be a number, or several as 0.1/0.3/0.5, not {text}") from None
     for value in values:
         if not 0 < value <= 1:
-            raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {value:g}")
+            percent = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
+            raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {value:g}{percent}")
     return list(dict.fromkeys(values))
 
 

@@ -138,7 +138,8 @@ def _list_files(folder: Path) -> Listing:
     Raises UserError where the folder is missing or cannot be searched, or holds none.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give one with training pictures by --train_dir")
+        raise UserError(f"there is no folder {folder}; give one with training pictures by --train_dir "
+                        "(python -m utils.download Waterloo says where those of the paper are)")
     listing = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import skimage
 
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.images import list_pictures, read_picture
 
 KNOWN_SETS = {
@@ -62,5 +62,6 @@ def _missing(name: str, folder: Path) -> str:
     if name in KNOWN_SETS:
         return (f"there is no folder {folder}: put {name} there, {KNOWN_SETS[name]} (python -m utils.download {name} "
                 "fetches it); or try the test set Samples")
-    return (f"there is no folder {folder}: a test set is a folder of pictures in {folder.parent}, "
-            "or Samples, which needs no files")
+    there = sorted(next(os.walk(folder.parent), ("", [], []))[1])
+    return (f"there is no folder {folder}: a test set is a folder of pictures in {folder.parent}"
+            f"{f', which has {listed(there)}' if there else ''}; or Samples, which needs no files")

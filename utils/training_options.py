@@ -80,7 +80,8 @@ def parse_args(description: str) -> argparse.Namespace:
         "which a run without this flag replaces when that epoch is finished")
     add("--base_model", default="stable-diffusion-v1-5/stable-diffusion-v1-5",
         help="where weights come from: a hub id, a folder, a file, an IDM checkpoint, or 'compact' for fresh ones")
-    add("--width", type=whole(1), default=64, help="compact: width of the first scale; the second has twice as much")
+    add("--width", type=whole(1), default=64, help="compact: width of the first scale, a multiple of "
+        "2 * SHUFFLE**2; the second has twice as much")
     add("--shuffle", type=whole(1), default=4, help="compact: side of the pixel square folded into channels")
     add("--precision", choices=list(PRECISIONS),
         help="if not given: on GPUs bf16 where they have it, else fp16; on CPUs fp32")

@@ -2,6 +2,7 @@
 # How the weights in this folder were made:  bash weight/compact/recipe.sh PICTURES FOLDER
 # Started again with the same FOLDER it goes on from where it was.  PYTHON may be set.
 set -euo pipefail
+[ $# = 2 ] || { echo "usage: bash weight/compact/recipe.sh PICTURES FOLDER" >&2; exit 2; }
 pictures=$(realpath "$1") folder=$(realpath -m "$2") python=$(realpath -s "$(command -v "${PYTHON:-python}")")
 cd "$(dirname "$0")/../.."
 run=R_0.05to0.60_T_3_B_32/pretrained
