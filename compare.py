@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.comparison import Comparison, find_folder, percent, score_method
-from utils.errors import UserError, run
+from utils.comparison import Comparison, find_folder, score_method
+from utils.errors import UserError, first_line, run
 from utils.files import make_folder, write_whole
-from utils.flags import Parser, positive, ratios
+from utils.flags import Parser, percent, positive, ratios
 from utils.published import published_averages
 from utils.report import write_report
 from utils.tables import (
@@ -85,7 +85,7 @@ def folders_below(root: Path, testset: str, cs_ratio: float) -> list[tuple[str, 
     try:
         names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"--root: cannot list {root}: {error.strerror}") from error
+        raise UserError(f"--root: cannot list {root}: {first_line(error)}") from error
     found, without = [], []
     for name in names:
         try:

@@ -22,7 +22,7 @@ from utils.distributed import Process
 from utils.errors import UserError, run
 from utils.evaluation import PRECISIONS, Result, Scores, evaluate_spread, mean_scores
 from utils.files import make_folder, remove, write_whole
-from utils.flags import Parser, ratios, run_name, whole
+from utils.flags import Parser, percent, ratios, run_name, whole
 from utils.images import remove_former, write_reconstruction
 from utils.metrics import SSIM_WINDOW
 from utils.perceptual import Fid, Lpips
@@ -50,14 +50,14 @@ def main() -> None:
     if len(scores) > 1:
         process.print(table(scores))
         if len(set(weights.values())) > 1:
-            process.print("\n".join(f"{100 * ratio:.10g} %: {path}" for ratio, path in weights.items()))
+            process.print("\n".join(f"{percent(ratio)} %: {path}" for ratio, path in weights.items()))
     distributed.stop()
 
 
 def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: float,
          metrics: dict[str, Lpips | Fid], args: argparse.Namespace) -> Scores:
     """Reconstruct one test set at one ratio; write each picture and, at the end, the scores."""
-    folder = Path(args.result_dir) / name / f"{100 * ratio:.10g}"
+    folder = Path(args.result_dir) / name / percent(ratio)
     make_folder(folder, "--result_dir")
     if process.is_main:
         remove(folder / "scores.csv")  # of a former run: were this one cut short, they would mislead
@@ -66,7 +66,7 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
         precision, reason = pick_precision(process, net, pictures, ratio, args.block_size, args.seed,
                                            net.size_multiple, args.batch_size)
         process.print(f"precision {reason}")
-    label = name if len(args.cs_ratio) == 1 else f"{name}/{100 * ratio:.10g}"
+    label = name if len(args.cs_ratio) == 1 else f"{name}/{percent(ratio)}"
     lpips, fid = metrics.get("lpips"), metrics.get("fid")
     alone, numbers = process.world_size == 1, itertools.count(1)
     # disable=None: a bar only where stderr is a terminal; of several processes it is about the first one's share
@@ -162,7 +162,7 @@ def write_scores(path: Path, results: list[Result]) -> None:
 def summary(scores: Scores, name: str, ratio: float) -> str:
     return (f"Average PSNR: {scores.psnr:.2f} dB  SSIM: {scores.ssim:.4f}{more(scores.others)}  "
             f"{scores.seconds:.2f} s an image, "
-            f"over {scores.count} picture{'s' if scores.count > 1 else ''} of {name} at {100 * ratio:.10g} %")
+            f"over {scores.count} picture{'s' if scores.count > 1 else ''} of {name} at {percent(ratio)} %")
 
 
 def more(others: dict[str, float]) -> str:
@@ -174,7 +174,7 @@ def table(scores: dict[tuple[str, float], Scores]) -> str:
     names, ratios = (list(dict.fromkeys(keys)) for keys in zip(*scores, strict=True))
     others = next(iter(scores.values())).others
     rows = [[" / ".join(("PSNR (dB)", "SSIM", *others, "seconds an image"))]
-            + [f"{100 * ratio:.10g} %" for ratio in ratios]]
+            + [f"{percent(ratio)} %" for ratio in ratios]]
     for name in names:
         rows.append([name])
         for cell in (scores[name, ratio] for ratio in ratios):

@@ -1,6 +1,5 @@
 """Train IDM end to end (paper, section 4): one process by `python train.py`, several by `torch.distributed.run`."""
 import argparse
-import json
 import math
 import sys
 import threading
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from model import IDM, BlockCompressedSensing, WeightsError
 from model.operators import number_of_measurements
+from model.weight_files import read_config
 from utils import distributed, errors, files, training_report, training_state
 from utils.datasets import NAMED, TrainingCrops
 from utils.devices import memory_suffices
@@ -107,14 +107,10 @@ def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM
 
 def holds_idm(path: Path) -> bool:
     """Whether `path` is a checkpoint of IDM itself: a .pkl, or a folder that `save_pretrained` wrote."""
-    description = path / "config.json"
-    if not description.is_file():
-        return path.suffix == ".pkl"
     try:
-        config = json.loads(description.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("_class_name") == "IDM"
+        return bool(read_config(path, IDM.__name__))
+    except WeightsError:
+        return path.suffix == ".pkl"
 
 
 def train(run: Run) -> None:

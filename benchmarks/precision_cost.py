@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.half_precision import half_products  # noqa: E402
 from benchmarks.machine import machine, save_results  # noqa: E402
-from model import IDM  # noqa: E402
+from model import IDM, WeightsError  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.evaluation import PRECISIONS, evaluate, mean_scores  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
@@ -50,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, WeightsError)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine, save_results  # noqa: E402
+from utils.flags import percent  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
 from utils.testsets import KNOWN_SETS  # noqa: E402
 
@@ -36,13 +37,13 @@ def main() -> None:
                         "--cs_ratio", "/".join(map(str, RATIOS)),
                         "--seed", args.seed, "--precision", "fp32", "--result_dir", results], cwd=ROOT, check=True)
         minutes = (time.monotonic() - start) / 60
-        scores = {name: {str(ratio): averages(Path(results, name, f"{100 * ratio:g}", "scores.csv"))
+        scores = {name: {str(ratio): averages(Path(results, name, percent(ratio), "scores.csv"))
                          for ratio in RATIOS} for name in KNOWN_SETS}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     result = {"weights": args.weights, "seed": int(args.seed), "commit": commit.stdout.strip(), "machine": machine(),
               "processes": args.processes, "minutes": round(minutes, 1), "scores": scores}
     save_results(args.out, result)
-    print(f"\n| | pictures | {' | '.join(f'{100 * ratio:g} %' for ratio in RATIOS)} |\n|{' --- |' * 5}")
+    print(f"\n| | pictures | {' | '.join(f'{percent(ratio)} %' for ratio in RATIOS)} |\n|{' --- |' * 5}")
     for name, row in scores.items():
         cells = " | ".join(f"{cell['psnr']:.2f} / {cell['ssim']:.4f}" for cell in row.values())
         print(f"| {name} | {row[str(RATIOS[0])]['pictures']} | {cells} |")

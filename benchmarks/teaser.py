@@ -14,7 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import IDM, BlockCompressedSensing  # noqa: E402
+from model import IDM, BlockCompressedSensing, WeightsError  # noqa: E402
+from utils.errors import run  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
 from utils.files import write_whole  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
@@ -80,7 +81,7 @@ def colour(picture: Picture, luminance: np.ndarray) -> np.ndarray:
     if picture.ycrcb is None:
         return grey(luminance)
     ycrcb = picture.ycrcb.copy()
-    ycrcb[..., 0] = np.rint(luminance)
+    ycrcb[..., 0] = np.rint(luminance.clip(0, 255))
     return cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2BGR)
 
 
@@ -91,4 +92,4 @@ def caption(tile: np.ndarray, text: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, WeightsError)

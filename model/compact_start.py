@@ -49,7 +49,7 @@ def _start_injector(injector: Injector, levels: list[float]) -> None:
         lift.weight[0, 0] = (1 + c * c) ** 0.5 / 2
         lift.weight[0, 1] = -c
         unlift.weight[1] = -lack / c
-        if unlift.out_channels >= IMAGES:  # the first scale; the second has no room for −ε and notes
+        if unlift.out_channels >= IMAGES:  # at widths below 128, the second scale has no room for −ε and notes
             lift.weight[0, 1:3] = torch.tensor([-c / 2, c / 2]).view(2, 1, 1)
             unlift.weight[2] = lack / c
             unlift.weight[3] = 2 * lack

@@ -1,6 +1,7 @@
 """Tables of made-up scores, whose ranks and averages are plain to see."""
 import csv
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_the_terminals_table_keeps_to_a_hundred_columns_and_loses_nothing():
     assert sum(line.startswith("q  ") for line in lines) == text.count("\n\n") + 1
     for block in text.split("\n\n"):  # each column begins where its head does
         head, *rows = block.splitlines()
-        starts = [head.index(name.split()[0]) for name in ("method",) if name in head]
+        starts = [found.start() for found in re.finditer("method", head)]
         assert all(row[start - 2:start] == "  " and row[start] != " " for row in rows for start in starts)
 
 

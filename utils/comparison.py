@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
+from utils.flags import percent
 from utils.images import list_pictures, read_picture
 from utils.matching import claimed_psnr, claimed_ssim, match
 from utils.metrics import psnr, ssim
@@ -99,11 +100,6 @@ class Comparison:
     @property
     def title(self) -> str:
         return f"{self.testset} at {percent(self.cs_ratio)} %"
-
-
-def percent(cs_ratio: float) -> str:
-    """The ratio as test.py names its folders: 10 for 0.1."""
-    return f"{100 * cs_ratio:.10g}"
 
 
 def find_folder(folder: Path, testset: str, cs_ratio: float) -> Path:

@@ -41,9 +41,14 @@ def ratios(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be a number, or several as 0.1/0.3/0.5, not {text}") from None
     for value in values:
         if not 0 < value <= 1:
-            percent = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
-            raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {value:g}{percent}")
+            instead = f"; {value:g} % is {value / 100:g}" if 1 < value <= 100 else ""
+            raise argparse.ArgumentTypeError(f"must lie in (0, 1], not {value:g}{instead}")
     return list(dict.fromkeys(values))
+
+
+def percent(cs_ratio: float) -> str:
+    """A ratio as people say it, and as test.py names its folders: 10 for 0.1."""
+    return f"{100 * cs_ratio:.10g}"
 
 
 def run_name(cs_ratio: list[float], step_number: int, block_size: int, between: str = "-") -> str:

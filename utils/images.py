@@ -8,7 +8,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import write_whole
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
@@ -19,6 +19,11 @@ _ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
+def is_picture_name(name: str) -> bool:
+    """Whether a file's name says that it holds a picture; hidden files, such as macOS's ._a.png, do not."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
 def list_pictures(folder: str | os.PathLike) -> list[Path]:
     """The picture files in `folder`, told by suffix and sorted by name; hidden files and all else are ignored.
 
@@ -26,9 +31,9 @@ def list_pictures(folder: str | os.PathLike) -> list[Path]:
     """
     try:
         paths = sorted(path for path in Path(folder).iterdir()
-                       if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
+                       if is_picture_name(path.name) and path.is_file())
     except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror}") from error
+        raise UserError(f"cannot list {folder}: {first_line(error)}") from error
     for path in paths:
         try:
             path.name.encode()
@@ -47,7 +52,7 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     try:
         data = np.fromfile(path, np.uint8)  # not cv2.imread, which cannot open every non-ASCII path
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
     pixels = _decode(data)
     if pixels is None:
         raise UserError(f"cannot read {path}: it is damaged or not a picture")
@@ -85,7 +90,7 @@ def remove_former(folder: str | os.PathLike, name: str, keep: str) -> None:
             if path.name != keep and former.fullmatch(path.name):
                 path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot remove a former result from {folder}: {error.strerror}") from error
+        raise UserError(f"cannot remove a former result from {folder}: {first_line(error)}") from error
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError, first_line
 from utils.files import write_whole
-from utils.images import SUFFIXES, read_picture
+from utils.images import SUFFIXES, is_picture_name, read_picture
 
 FORMAT = f"luminance 1, decoded by OpenCV {cv2.__version__}"  # another version may decode a JPEG a little otherwise
 MAGIC = b"IDMluma1"
@@ -141,7 +141,7 @@ def _list_files(folder: Path) -> Listing:
         raise UserError(f"there is no folder {folder}; give one with training pictures by --train_dir "
                         "(python -m utils.download Waterloo says where those of the paper are)")
     listing = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+    for path in sorted(path for path in folder.rglob("*") if is_picture_name(path.name)):
         try:
             status = path.stat()
         except FileNotFoundError:  # a link to nothing, or just removed

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from utils.errors import UserError, first_line
 from utils.fetch import MEMBER_LIMIT, NotThere, archive_pictures, fetch
 from utils.files import make_folder
-from utils.images import SUFFIXES
+from utils.images import SUFFIXES, is_picture_name
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 
@@ -111,7 +111,7 @@ def _local(source: Path, name: str, archives: list[str]) -> Iterator[Offer]:
     if not folder.is_dir() and not archives:
         raise UserError(f"{source} is no archive, and no folder in which there is {name} or {name}.zip")
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file() and path.stat().st_size <= MEMBER_LIMIT:
+        if is_picture_name(path.name) and path.is_file() and path.stat().st_size <= MEMBER_LIMIT:
             try:
                 content = path.read_bytes()
             except OSError as error:

@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.evaluation import Result, batch_operator, evaluate_spread, mean_scores
-from utils.images import pad_to_multiple
+from utils.evaluation import Result, evaluate, evaluate_spread, mean_scores
 from utils.learning_rate import learning_rate
-from utils.sampling import sampling_matrix
 from utils.testsets import Picture
 from utils.training_run import Run
 
@@ -158,7 +155,9 @@ def test(run: Run, ratio: float) -> dict[str, float]:
     def each(picture: Picture, result: Result) -> None:
         if run.log and len(shown) < STRIPS:
             shown.append(picture)
-            strip = [back_projection(picture, ratio, args.block_size, args.seed), result.reconstruction,
+            (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], ratio, args.block_size, args.seed,
+                               size_multiple=net.size_multiple)
+            strip = [back.reconstruction, result.reconstruction,
                      picture.luminance]
             run.log.strip(iteration, f"back-projection, reconstruction, truth at {ratio:g}/{picture.name}", strip)
 
@@ -173,15 +172,6 @@ def test(run: Run, ratio: float) -> dict[str, float]:
         run.net.train()
     run.report(f"{label}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
     return {"psnr": scores.psnr, "ssim": scores.ssim}
-
-
-def back_projection(picture: Picture, ratio: float, block_size: int, seed: int) -> np.ndarray:
-    """Aᵀy of a test picture as its test measures it, float (H, W) on the scale of 255."""
-    height, width = picture.luminance.shape
-    x = pad_to_multiple(torch.from_numpy(picture.luminance)[None, None].float(), block_size)
-    operator = batch_operator([picture.file or picture.name], x.shape[-2:], sampling_matrix(ratio, block_size, seed),
-                              seed)
-    return operator.A_adjoint(operator.A(x))[0, 0, :height, :width].numpy()
 
 
 def peak_memory(run: Run) -> int:

@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.errors import listed
-from utils.images import SUFFIXES
+from utils.errors import first_line, listed
+from utils.images import is_picture_name
 
 CHECKSUMS = json.loads(Path(__file__).with_name("checksums.json").read_text(encoding="utf-8"))
 MAX_PIXELS = 1 << 26  # of a picture worth decoding; DIV2K's originals have 2^22
@@ -132,7 +132,7 @@ def check_testset(name: str, folder: Path) -> bool:
         if found not in ("file", "pixels", "missing"):
             print(f"  {file} {found}; it is left alone: to have the right one fetched, move it away")
     extra = sorted(entry for entry in os.listdir(folder) if entry not in verdicts) if folder.is_dir() else []
-    pictures = [entry for entry in extra if entry.lower().endswith(SUFFIXES) and not entry.startswith(".")]
+    pictures = [entry for entry in extra if is_picture_name(entry)]
     others = [entry for entry in extra if entry not in pictures]
     if pictures:
         print(f"  not of this set, though test.py would average over them: {listed(map(repr, pictures))}")
@@ -147,14 +147,14 @@ def _look(path: Path, known: dict) -> str:
     try:
         return verdict(path.read_bytes(), known)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return f"cannot be read ({first_line(error)})"
 
 
 # --- what is fetched by hand ---------------------------------------------------------------------------------------
 
 def check_waterloo(folder: Path) -> bool:
     """Print whether the training pictures are all there and whole; their checksums are not known."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if is_picture_name(path.name) and path.is_file())
     broken = [path.name for path in files if not _whole_bmp(path)]
     print(f"Waterloo: {len(files) - len(broken):,} whole BMP files of {WATERLOO:,} in {folder}, by header and length "
           "(no checksums are known)")
