@@ -105,9 +105,14 @@ class IDM(ModelMixin, ConfigMixin):
     def forward(
         self,
         y: Tensor,  # measurements, operator.A(x)
-        operator: LinearOperator,  # ours or deepinv's: anything with A and A_adjoint
+        operator: LinearOperator,  # ours or deepinv's: a module with A and A_adjoint
     ) -> Tensor:
-        """x̂, (batch, 1, H, W); not clamped."""
+        """x̂, (batch, 1, H, W); not clamped.
+
+        Raises:
+            ValueError: where the sides of the image are no multiples of `size_multiple`.
+            TypeError: where something that needs a gradient is hidden from the engine (see `ReversibleChain`).
+        """
         back_projection = operator.A_adjoint(y)
         height, width = back_projection.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:

@@ -1,6 +1,7 @@
 """Measurement operators: A takes an image to what the camera records, A_adjoint takes it back (paper, section 3.1).
 
-Methods are named as deepinv names them (A, A_adjoint, A_dagger), so that operators of either library serve the other.
+Methods are named as deepinv names them (A, A_adjoint, A_dagger).  deepinv's linear physics with A Aᵀ = I serve here;
+ours serve there as `LinearPhysics(A=operator.A, A_adjoint=operator.A_adjoint)`.
 """
 import math
 
@@ -14,7 +15,8 @@ class LinearOperator(nn.Module):
     Being a module it moves with `.to(device)`, and the reversible engine finds its parameters, should it have any.
 
     Attributes:
-        same_for_all: whether every image of a batch is measured alike, so that a batch may be taken apart.
+        same_for_all: whether every image of a batch is measured alike, so that a batch may be taken apart, which saves
+            memory in training; set it where that is so.
     """
 
     same_for_all = False
@@ -53,14 +55,14 @@ class BlockCompressedSensing(LinearOperator):
     def __init__(self, sampling_matrix: Tensor, permutation: Tensor, image_shape: tuple[int, int]):
         super().__init__()
         height, width = image_shape
-        pixels, n = height * width, sampling_matrix.shape[0]
-        if sampling_matrix.ndim != 2 or sampling_matrix.shape[1] > n:
-            raise ValueError(f"the sampling matrix must be (N, M) with M <= N, not {tuple(sampling_matrix.shape)}")
-        if pixels == 0 or pixels % n:
+        if sampling_matrix.ndim != 2 or not 1 <= sampling_matrix.shape[1] <= len(sampling_matrix):
+            raise ValueError(f"the sampling matrix must be (N, M) with 1 <= M <= N, not {tuple(sampling_matrix.shape)}")
+        pixels, n = height * width, len(sampling_matrix)
+        if min(height, width) < 1 or pixels % n:
             raise ValueError(f"a {height}x{width} image cannot be cut into rows of {n} pixels; pad it first")
-        if permutation.ndim not in (1, 2) or permutation.shape[-1] != pixels:
-            raise ValueError(f"the permutation must have {pixels} entries, or be (batch, {pixels}), "
-                             f"not {tuple(permutation.shape)}")
+        if permutation.dtype != torch.int64 or permutation.ndim not in (1, 2) or permutation.shape[-1] != pixels:
+            raise ValueError(f"the permutation must be ({pixels},) or (batch, {pixels}) and int64, "
+                             f"not {tuple(permutation.shape)} and {permutation.dtype}")
         self.image_shape, self.same_for_all = (height, width), permutation.ndim == 1
         if isinstance(sampling_matrix, nn.Parameter):
             self.sampling_matrix = sampling_matrix
@@ -92,7 +94,7 @@ class BlockCompressedSensing(LinearOperator):
         with torch.autocast(x.device.type, enabled=False):
             pixels = _Permute.apply(x.to(self.sampling_matrix.dtype).flatten(1), self.permutation,
                                     self.inverse_permutation)
-            return pixels.view(len(x), -1, n) @ self.sampling_matrix
+            return pixels.view(len(x), pixels.shape[-1] // n, n) @ self.sampling_matrix
 
     def A_adjoint(self, y: Tensor) -> Tensor:
         """(batch, H·W/N, M) -> (batch, 1, H, W), in the precision of Φ, under autocast too."""
@@ -143,12 +145,22 @@ class _Permute(torch.autograd.Function):
     A permutation (pixels,) serves all rows of x (batch, pixels); of (batch, pixels) each row has its own.
     """
 
+    generate_vmap_rule = True  # torch.func's transforms, by which other libraries differentiate operators
+
     @staticmethod
-    def forward(ctx, x: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(permutation, inverse)
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def forward(x: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
         return x.index_select(-1, permutation) if permutation.ndim == 1 else x.gather(-1, permutation)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         permutation, inverse = ctx.saved_tensors
         return _Permute.apply(grad, inverse, permutation), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:
+        return _Permute.apply(tangent, *ctx.saved_tensors)

@@ -10,7 +10,8 @@ compute f once with a graph, rebuild x from y, and differentiate that one coupli
 gradient (streams, v's, context, parameters) is an explicit input of the autograd function and has its gradient
 returned, so that accumulation, hooks, DistributedDataParallel and repeated use are autograd's own.
 
-This file knows nothing of images, operators or diffusion.  f must be deterministic: it is computed twice.
+This file knows nothing of images, operators or diffusion.  f must be deterministic, for it is computed twice, and one
+thread at a time may differentiate a module.
 """
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Coupling(nn.Module):
     def __init__(self, body: nn.Module, v: float = 0.5):
         super().__init__()
         self.body = body
-        self.v = nn.Parameter(torch.full((1,), v))
+        self.v = nn.Parameter(torch.full((1,), float(v)))
 
     def mix(self, fx: Tensor, x2: Tensor) -> Tensor:
         """y₁ of f(x₁) and x₂."""
@@ -60,13 +61,13 @@ class ReversibleChain(nn.ModuleList):
     """Couplings one after the other.
 
     A context, one tuple a coupling, is what f reads beside its stream.  Tensors in it, and parameters and buffers of
-    modules in it, are differentiated like all else.  Of other objects the chain takes no notice, so tensors must not
-    hide inside them; lists, tuples and dictionaries are refused.
+    modules in it, are differentiated like all else.  Nowhere else may a tensor hide that needs a gradient: objects with
+    one among their attributes are refused, and so are lists, tuples and dictionaries.
     """
 
     def forward(
         self,
-        x1: Tensor,  # the two streams, of one shape
+        x1: Tensor,  # the two streams, of one shape and precision
         x2: Tensor,
         contexts: Sequence[tuple] | None = None,  # one tuple a coupling; None: no coupling has any
         *,
@@ -119,6 +120,8 @@ class _Inputs:
     def slots(self, module: nn.Module) -> list[Slot]:
         """Where the module and those within it keep their parameters and buffers."""
         if id(module) not in self._slots:
+            for part in module.modules():
+                _check_for_hidden(part)
             self._slots[id(module)] = [
                 (held, name, self.number(tensor)) for part in module.modules()
                 for held in (part._parameters, part._buffers) for name, tensor in held.items() if tensor is not None]
@@ -139,6 +142,7 @@ class _Call:
         for item in context:
             if isinstance(item, Mapping | list | tuple | set):
                 raise TypeError(f"a context holds tensors, modules and constants, not a {type(item).__name__}")
+            _check_for_hidden(item)
         return cls(
             coupling=coupling,
             context=[None if isinstance(item, Tensor) else item for item in context],
@@ -168,15 +172,19 @@ class _Call:
 
     @contextmanager
     def _reading(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """The modules read the stand-ins in place of those tensors of theirs that need a gradient."""
-        slots = [slot for slots in self.slots for slot in slots if leaves[slot[2]].requires_grad]
-        own = [held[name] for held, name, _ in slots]
+        """The modules read the stand-ins in place of their own tensors, and what they had in forward of all others."""
+        own = []
         try:
-            for held, name, number in slots:
+            for held, name, number in (slot for slots in self.slots for slot in slots):
+                if held[name] is leaves[number]:
+                    continue
+                if getattr(held[name], "is_stand_in", False):
+                    raise RuntimeError("two threads differentiate one module at once")
+                own.append((held, name, held[name]))
                 held[name] = leaves[number]
             yield
         finally:
-            for (held, name, _), tensor in zip(slots, own, strict=True):
+            for held, name, tensor in own:
                 held[name] = tensor
 
 
@@ -206,7 +214,8 @@ class _Chain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor):
         count = len(ctx.needs_input_grad) - 5
-        tensors, streams = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: each reading of it unpacks all, which checkpointing allows once only
+        tensors, streams = saved[:count], saved[count:]
         stored = dict(zip(ctx.stored, zip(streams[::2], streams[1::2], strict=True), strict=True))
         leaves, own, graph = ctx.last or (*_leaves(tensors), None)
         ctx.last = None  # its graph can be walked once only
@@ -224,6 +233,14 @@ class _Chain(torch.autograd.Function):
             grads, x1, x2 = (x1.grad, x2.grad), x1.detach(), x2.detach()
         found = (leaf.grad if is_own else None for leaf, is_own in zip(leaves, own, strict=True))
         return None, None, None, *grads, *found
+
+
+def _check_for_hidden(item: Any) -> None:
+    """Refuse what holds a tensor whose gradient would be lost."""
+    for name, value in getattr(item, "__dict__", {}).items():
+        if isinstance(value, Tensor) and value.requires_grad and not isinstance(item, Tensor):
+            raise TypeError(f"{type(item).__name__}.{name} needs a gradient, which would be lost, as it is neither a "
+                            "parameter nor a buffer of a module; register it, or detach it")
 
 
 def _leaves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:

@@ -4,7 +4,8 @@ Left of UNet2DConditionModel are two down blocks and two up blocks, without time
 Around every attention stand two injectors.  Inside a block the features are a pair of streams (x, s·x), which chains of
 couplings carry through and m merges again as x₁ + m·x₂.  The building blocks are diffusers' own modules.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -195,7 +196,27 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def _recomputed(f: Callable, *inputs: Any, reversible: bool) -> Any:
-    """f(*inputs); where the network is reversible, what f computes on the way is computed again for backward."""
-    if reversible and torch.is_grad_enabled():
-        return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return f(*inputs)
+    """f(*inputs), f a module's method; where the network is reversible, what it computes on the way is computed again.
+
+    Then with the parameters that the modules have now, for `torch.func.functional_call` takes its own out again.
+    """
+    if not (reversible and torch.is_grad_enabled()):
+        return f(*inputs)
+    modules = [f.__self__, *(item for item in inputs if isinstance(item, nn.Module))]
+    now = [(part._parameters, name, tensor) for module in modules for part in module.modules()
+           for name, tensor in part._parameters.items()]
+    return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=lambda: (nullcontext(), _holding(now)))
+
+
+@contextmanager
+def _holding(wanted: list[tuple[dict[str, Tensor | None], str, Tensor | None]]) -> Iterator[None]:
+    """The dictionaries hold the tensors that are wanted under these names."""
+    own = [held[name] for held, name, _ in wanted]
+    try:
+        for held, name, tensor in wanted:
+            held[name] = tensor
+        yield
+    finally:
+        for (held, name, _), tensor in zip(wanted, own, strict=True):
+            held[name] = tensor

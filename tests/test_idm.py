@@ -264,12 +264,51 @@ def test_compact_start():
             assert torch.allclose(operator.A(estimate), y, atol=1e-4)
 
 
-def test_schedule_beyond_one():
-    """Training may bring an alpha past 1; the network and its gradients stay finite."""
-    net = IDM.compact(32, num_steps=2)
-    with torch.no_grad():
-        net.schedule.alpha[0] = 1.01
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_schedule_beyond_one(num_steps: int):
+    """Training may bring alphas past 1; the network and its gradients stay finite."""
+    net = IDM.compact(32, num_steps)
+    torch.nn.init.constant_(net.schedule.alpha, 1.01)
     operator = BlockCompressedSensing.random((32, 32), 0.3, 16, torch.Generator().manual_seed(0))
     x = torch.rand(1, 1, 32, 32)
     (net(operator.A(x), operator) - x).abs().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    assert net.schedule.alpha.grad.abs().min() > 0  # they can come back
+
+
+@pytest.mark.parametrize("invertible", INVERTIBLE)
+def test_a_functional_call_has_its_own_gradients(invertible: str):
+    """Against the same call in plain autograd, with the attentions' weights replaced by frozen ones."""
+    torch.manual_seed(0)
+    net = IDM((32, 64), 2, shuffle=4).double()
+    operator = BlockCompressedSensing.random((32, 32), 0.25, 16, torch.Generator().manual_seed(0)).double()
+    y = operator.A(torch.rand(1, 1, 32, 32, dtype=torch.float64))
+    others = {name: (p + 0.05 * torch.randn_like(p)).detach().requires_grad_("attn" not in name)
+              for name, p in net.named_parameters()}
+    learned = [other for other in others.values() if other.requires_grad]
+    found = []
+    for net.invertible in (invertible, "none"):
+        loss = torch.func.functional_call(net, others, (y, operator)).abs().mean()
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, learned, materialize_grads=True)]))
+    assert (found[0] - found[1]).norm() <= 1e-9 * found[1].norm()
+
+
+def test_a_learned_sampling_matrix_can_be_kept_orthonormal():
+    """As README advises: with torch's parametrization, A Aᵀ = I at every step, and gradients are plain autograd's."""
+    torch.manual_seed(0)
+    net, operator = IDM((32, 64), 2, shuffle=4).double(), learned_sampling_matrix()
+    torch.nn.utils.parametrizations.orthogonal(operator, "sampling_matrix")
+    x = torch.rand(1, 1, 32, 32, dtype=torch.float64)
+    optimizer = torch.optim.Adam(operator.parameters(), lr=1e-2)
+    start = operator.sampling_matrix.detach()
+    for _ in range(3):
+        gradients = []
+        for net.invertible in ("none", "both"):
+            optimizer.zero_grad()
+            (net(operator.A(x), operator) - x).abs().mean().backward()
+            gradients += [parameter.grad.clone() for parameter in operator.parameters()]
+        assert (gradients[1] - gradients[0]).norm() <= 1e-9 * gradients[0].norm() > 0
+        optimizer.step()
+    phi = operator.sampling_matrix
+    assert (phi - start).norm() > 1e-3
+    assert torch.allclose(phi.T @ phi, torch.eye(phi.shape[1], dtype=phi.dtype), atol=1e-12)

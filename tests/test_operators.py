@@ -111,11 +111,18 @@ def test_shapes_that_do_not_fit():
     phi, operator = torch.eye(16)[:, :4], make()
     with pytest.raises(ValueError, match="5x5 image cannot be cut into rows of 16"):
         BlockCompressedSensing(phi, torch.arange(25), (5, 5))
-    with pytest.raises(ValueError, match="permutation must have 64 entries"):
+    with pytest.raises(ValueError, match="permutation must be .64,. or"):
         BlockCompressedSensing(phi, torch.arange(63), (8, 8))
     for shape in ((2, 63), (1, 2, 64), ()):
-        with pytest.raises(ValueError, match="permutation must have 64 entries, or be"):
+        with pytest.raises(ValueError, match="permutation must be .64,. or"):
             BlockCompressedSensing(phi, torch.zeros(shape, dtype=torch.int64), (8, 8))
+    with pytest.raises(ValueError, match="int64, not .64,. and torch.float32"):
+        BlockCompressedSensing(phi, torch.arange(64.0), (8, 8))
+    for matrix in (torch.zeros(16, 0), torch.zeros(16, 17), torch.zeros(16), torch.zeros(())):
+        with pytest.raises(ValueError, match="sampling matrix must be"):
+            BlockCompressedSensing(matrix, torch.arange(64), (8, 8))
+    with pytest.raises(ValueError, match="-8x-8 image"):
+        BlockCompressedSensing(phi, torch.arange(64), (-8, -8))
     own = BlockCompressedSensing(phi, torch.arange(64).repeat(3, 1), (8, 8))
     for call in (lambda: own.A(torch.zeros(2, 1, 8, 8)), lambda: own.A_adjoint(torch.zeros(1, 4, 4))):
         with pytest.raises(ValueError, match="has permutations for 3 images, not [12]"):
@@ -131,3 +138,20 @@ def test_learned_sampling_matrix_stays_a_parameter():
     operator = BlockCompressedSensing(phi, torch.arange(64), (8, 8))
     assert list(operator.parameters()) == [phi]
     assert operator.to(torch.float64).sampling_matrix.dtype == torch.float64
+
+
+def test_other_libraries_can_differentiate_it():
+    """By torch.func's transforms, as deepinv does; the operator is linear, so its derivative is itself."""
+    operator, x = make(), torch.randn(3, 2, 1, 8, 12, dtype=torch.float64)
+    operator = operator.double()
+    y, pull_back = torch.func.vjp(operator.A, x[0])
+    assert torch.equal(y, operator.A(x[0]))
+    torch.testing.assert_close(pull_back(y)[0], operator.A_adjoint(y))
+    torch.testing.assert_close(torch.func.jvp(operator.A, (x[0],), (x[1],))[1], operator.A(x[1]))
+    torch.testing.assert_close(torch.func.vmap(operator.A)(x), torch.stack([operator.A(one) for one in x]))
+
+
+def test_a_batch_may_be_empty():
+    operator = make()
+    y = operator.A(torch.zeros(0, 1, 8, 12))
+    assert len(y) == 0 and operator.A_adjoint(y).shape == (0, 1, 8, 12)

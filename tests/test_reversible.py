@@ -1,9 +1,12 @@
 """The reversible engine against plain autograd, in float64 where equality is asked for."""
+import threading
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.reversible import Coupling, ReversibleChain
 from tests.conftest import DEVICES
@@ -301,6 +304,78 @@ def test_second_derivatives_are_an_error():
     (grad,) = torch.autograd.grad(loss_of(*chain(*x)), x[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def test_other_weights_for_a_call_are_those_of_its_backward_too():
+    """`torch.func.functional_call` puts them into the modules for forward alone; frozen ones count as well."""
+    chain, x = make_chain(4), streams()
+    torch.manual_seed(1)
+    others = {name: (p + 0.1 * torch.randn_like(p)).detach() for name, p in chain.named_parameters()}
+    learned = [other.requires_grad_() for name, other in others.items() if name.startswith(("1", "3")) and
+               "unused" not in name]
+    gradients = []
+    for reversible in (False, True):
+        y = torch.func.functional_call(chain, others, x, {"reversible": reversible})
+        gradients.append(torch.autograd.grad(loss_of(*y), [*x, *learned]))
+    assert all(relative(ours, plain) <= 1e-9 for plain, ours in zip(*gradients, strict=True))
+
+
+def test_checkpointing_around_a_chain():
+    chain, x = make_chain(3), streams()
+    inputs = [*x, chain[0].v, chain[2].body.linear.weight]
+    plain = torch.autograd.grad(loss_of(*chain(*x, reversible=False)), inputs)
+    ours = torch.autograd.grad(loss_of(*checkpoint(chain, *x, use_reentrant=False)), inputs)
+    assert all(relative(a, b) <= 1e-9 for a, b in zip(ours, plain, strict=True))
+
+
+def test_two_threads_do_no_lasting_harm():
+    """They may be refused, but the modules keep their own parameters."""
+    chain, x, refused = make_chain(3), streams(), []
+    before = dict(chain.named_parameters())
+    inside, entered = threading.Barrier(2, timeout=20), []
+
+    def wait(*_) -> None:  # both threads in the same recomputation at once
+        if torch.is_grad_enabled() and threading.get_ident() not in entered:
+            entered.append(threading.get_ident())
+            inside.wait()
+
+    def differentiate(loss: Tensor) -> None:
+        try:
+            loss.backward()
+        except (RuntimeError, threading.BrokenBarrierError) as error:
+            refused.append(str(error))
+            inside.abort()
+
+    losses = [loss_of(*chain(*x)) for _ in range(2)]
+    chain[2].body.linear.register_forward_pre_hook(wait)
+    threads = [threading.Thread(target=differentiate, args=(loss,)) for loss in losses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert any("two threads differentiate one module at once" in text for text in refused)
+    assert all(parameter is before[name] for name, parameter in chain.named_parameters())
+
+
+class Holder(nn.Module):
+    """What reads a tensor that is no parameter, as a replica of `nn.DataParallel` does."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.hidden = tensor
+
+
+def test_a_tensor_that_hides_is_refused_where_it_needs_a_gradient():
+    chain, x = make_chain(2), streams()
+    learned = torch.ones(3, requires_grad=True)
+    for holder in (Holder(learned), Holder(2 * learned), SimpleNamespace(hidden=learned)):
+        with pytest.raises(TypeError, match="hidden needs a gradient, which would be lost"):
+            chain(*x, [(), (holder,)])
+    chain[1].body.hidden = learned
+    with pytest.raises(TypeError, match="Body.hidden needs a gradient"):
+        chain(*x)
+    chain[1].body.hidden = learned.detach()
+    chain(*x)
 
 
 def test_wrong_arguments():
