@@ -75,7 +75,7 @@ def method_folders(args: argparse.Namespace) -> dict[str, Path]:
         if not name.isprintable():  # a line break, or bytes that are no text
             raise UserError(f"the name of the method {ascii(name)} cannot be printed; rename it")
         if re.fullmatch(r"\d+(\.\d+)?", path.name) and path.name != percent(args.cs_ratio):
-            print(f"note: {name}: {path} is named as pictures at {path.name} % are\n")
+            print(wrapped([f"note: {name}: {path} is named as pictures at {path.name} % are"]), end="\n\n")
         folders[name] = path
     return folders
 

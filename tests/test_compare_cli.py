@@ -3,6 +3,7 @@ import csv
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,15 @@ def test_methods_and_root_together_in_this_order(place, monkeypatch, capsys):
     assert [row["method"] for row in read(place / "out" / "Set11" / "25" / "averages.csv")] == [
         "z", "a", "<b>&", "Ten", "faulty", "five off"]
     assert "no averages for Set11 at 25 %" in out
+
+
+def test_pictures_of_another_ratio_are_noted(place, tmp_path, monkeypatch, capsys):
+    for ratio in ("10", "30"):
+        shutil.copytree(place / "methods" / "Ten", tmp_path / "Set11" / ratio)
+    methods = [f"M{ratio}={tmp_path / 'Set11' / ratio}" for ratio in ("10", "30")]
+    call(monkeypatch, place, "--cs_ratio", "0.1", "--methods", *methods)
+    notes = [line for line in capsys.readouterr().out.split("\n\n") if line.startswith("note:")]
+    assert len(notes) == 1 and notes[0].startswith("note: M30: ") and "at 30 %" in " ".join(notes[0].split())
 
 
 def test_a_report_too_large_says_so(place, monkeypatch, capsys):
