@@ -19,7 +19,9 @@ train 2 second --base_model "$folder/first/$run" --patch_size 96 --batch_size 1 
 train 2 third --base_model "$folder/second/$run" --patch_size 96 --batch_size 2 --epoch 6 --lr_schedule cosine
 train 2 fourth --base_model "$folder/third/$run" --patch_size 96 --batch_size 4 --epoch 6 --lr_schedule cosine \
     --iters_per_epoch 250 --learning_rate 4e-4
-"$python" - "$folder/fourth/$run" "$folder/compact" <<'EOF'
+train 2 fifth --base_model "$folder/fourth/$run" --patch_size 128 --batch_size 3 --epoch 5 --lr_schedule cosine \
+    --iters_per_epoch 250 --learning_rate 4e-4 --max_iters 1125
+"$python" - "$folder/fifth/$run" "$folder/compact" <<'EOF'
 import sys
 from model import IDM
 IDM.from_checkpoint(sys.argv[1]).half().save_pretrained(sys.argv[2])
