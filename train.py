@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from model import IDM, BlockCompressedSensing, WeightsError
+from model.checkpoint import meant
 from model.operators import number_of_measurements
 from model.weight_files import read_config
 from utils import distributed, errors, files, training_report, training_state
@@ -106,9 +107,9 @@ def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM
 
 
 def holds_idm(path: Path) -> bool:
-    """Whether `path` is a checkpoint of IDM itself: a .pkl, or a folder that `save_pretrained` wrote."""
+    """Whether `path` is IDM itself: a .pkl, or what stands for a folder that `save_pretrained` wrote."""
     try:
-        return bool(read_config(path, IDM.__name__))
+        return bool(read_config(meant(path), IDM.__name__))
     except WeightsError:
         return path.suffix == ".pkl"
 

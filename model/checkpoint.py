@@ -157,6 +157,13 @@ def load_official(net: "IDM", state: State, path: Path) -> None:
 
 # --- our own folders -----------------------------------------------------------------------------------------------
 
+def meant(path: Path) -> Path:
+    """`path`, or the folder of `save_pretrained` that is meant by a file in it, or by a run's folder around it."""
+    if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+        return path.parent
+    return path / "pretrained" if (path / "pretrained").is_dir() else path
+
+
 def read_pretrained(cls: type["IDM"], folder: Path) -> "IDM":
     """`from_pretrained` of a local folder, which raises WeightsError where that would fill gaps with random numbers."""
     config = read_config(folder, cls.__name__)

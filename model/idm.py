@@ -173,11 +173,7 @@ class IDM(ModelMixin, ConfigMixin):
         Raises:
             WeightsError: where there is none, or it does not fit; then the message says what and where.
         """
-        path = Path(path)
-        if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
-            path = path.parent
-        elif (path / "pretrained").is_dir():
-            path /= "pretrained"
+        path = checkpoint.meant(Path(path))
         return checkpoint.read_pretrained(cls, path) if path.is_dir() else checkpoint.build_official(cls, path)
 
     @property

@@ -13,7 +13,7 @@ returned, so that accumulation, hooks, DistributedDataParallel and repeated use 
 This file knows nothing of images, operators or diffusion.  f must be deterministic, for it is computed twice, and one
 thread at a time may differentiate a module.
 """
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +103,24 @@ class ReversibleChain(nn.ModuleList):
 Slot = tuple[dict[str, Tensor | None], str, int]  # where a module keeps a tensor: dictionary, name; and its number
 
 
+@contextmanager
+def holding(wanted: Iterable[tuple[dict[str, Tensor | None], str, Tensor | None]]) -> Iterator[None]:
+    """Modules' dictionaries of tensors hold the wanted ones under these names, and afterwards their own again."""
+    own = []
+    try:
+        for held, name, tensor in wanted:
+            if held[name] is tensor:
+                continue
+            if getattr(held[name], "is_stand_in", False):
+                raise RuntimeError("two threads differentiate one module at once")
+            own.append((held, name, held[name]))
+            held[name] = tensor
+        yield
+    finally:
+        for held, name, tensor in own:
+            held[name] = tensor
+
+
 class _Inputs:
     """The distinct tensors that a chain reads beside its streams, numbered in order of appearance."""
 
@@ -142,7 +160,8 @@ class _Call:
         for item in context:
             if isinstance(item, Mapping | list | tuple | set):
                 raise TypeError(f"a context holds tensors, modules and constants, not a {type(item).__name__}")
-            _check_for_hidden(item)
+            if not isinstance(item, Tensor | nn.Module):  # modules: see _Inputs.slots
+                _check_for_hidden(item)
         return cls(
             coupling=coupling,
             context=[None if isinstance(item, Tensor) else item for item in context],
@@ -163,29 +182,13 @@ class _Call:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The coupling with a graph: x₁ and x₂, which are leaves of it, and y₁."""
         x1 = x1.detach().requires_grad_()
-        with self._reading(leaves):
+        # The modules read the stand-ins in place of their own tensors, and what they had in forward of all others.
+        with holding((held, name, leaves[number]) for slots in self.slots for held, name, number in slots):
             with torch.enable_grad(), autocast:
                 fx = self.coupling.body(x1, *self.context_of(leaves)).to(x1.dtype)
             x2 = (self.coupling.unmix(fx.detach(), y1) if x2 is None else x2).detach().requires_grad_()
             with torch.enable_grad():
                 return x1, x2, self.coupling.mix(fx, x2)
-
-    @contextmanager
-    def _reading(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """The modules read the stand-ins in place of their own tensors, and what they had in forward of all others."""
-        own = []
-        try:
-            for held, name, number in (slot for slots in self.slots for slot in slots):
-                if held[name] is leaves[number]:
-                    continue
-                if getattr(held[name], "is_stand_in", False):
-                    raise RuntimeError("two threads differentiate one module at once")
-                own.append((held, name, held[name]))
-                held[name] = leaves[number]
-            yield
-        finally:
-            for held, name, tensor in own:
-                held[name] = tensor
 
 
 class _Chain(torch.autograd.Function):
@@ -238,7 +241,7 @@ class _Chain(torch.autograd.Function):
 def _check_for_hidden(item: Any) -> None:
     """Refuse what holds a tensor whose gradient would be lost."""
     for name, value in getattr(item, "__dict__", {}).items():
-        if isinstance(value, Tensor) and value.requires_grad and not isinstance(item, Tensor):
+        if isinstance(value, Tensor) and value.requires_grad:
             raise TypeError(f"{type(item).__name__}.{name} needs a gradient, which would be lost, as it is neither a "
                             "parameter nor a buffer of a module; register it, or detach it")
 

@@ -4,8 +4,8 @@ Left of UNet2DConditionModel are two down blocks and two up blocks, without time
 Around every attention stand two injectors.  Inside a block the features are a pair of streams (x, s·x), which chains of
 couplings carry through and m merges again as x₁ + m·x₂.  The building blocks are diffusers' own modules.
 """
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .feed_forward import PartwiseFeedForward
 from .injector import Injector
 from .operators import LinearOperator
 from .precision import FullPrecisionConv2d
-from .reversible import Coupling, ReversibleChain
+from .reversible import Coupling, ReversibleChain, holding
 
 PAIRS_DOWN, PAIRS_UP = 2, 3  # (resnet, attention) pairs in a down block and in an up block
 PLACES_AT_ONCE = 2**14  # of the features, differentiated at once: these fill a GPU, and more only take its memory
@@ -206,17 +206,4 @@ def _recomputed(f: Callable, *inputs: Any, reversible: bool) -> Any:
     now = [(part._parameters, name, tensor) for module in modules for part in module.modules()
            for name, tensor in part._parameters.items()]
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False,
-                      context_fn=lambda: (nullcontext(), _holding(now)))
-
-
-@contextmanager
-def _holding(wanted: list[tuple[dict[str, Tensor | None], str, Tensor | None]]) -> Iterator[None]:
-    """The dictionaries hold the tensors that are wanted under these names."""
-    own = [held[name] for held, name, _ in wanted]
-    try:
-        for held, name, tensor in wanted:
-            held[name] = tensor
-        yield
-    finally:
-        for (held, name, _), tensor in zip(wanted, own, strict=True):
-            held[name] = tensor
+                      context_fn=lambda: (nullcontext(), holding(now)))

@@ -157,8 +157,7 @@ def test(run: Run, ratio: float) -> dict[str, float]:
             shown.append(picture)
             (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], ratio, args.block_size, args.seed,
                                size_multiple=net.size_multiple)
-            strip = [back.reconstruction, result.reconstruction,
-                     picture.luminance]
+            strip = [back.reconstruction, result.reconstruction, picture.luminance]
             run.log.strip(iteration, f"back-projection, reconstruction, truth at {ratio:g}/{picture.name}", strip)
 
     net.eval()
