@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import IDM, WeightsError
+from model import IDM, SelfEnsemble, WeightsError
 from utils import distributed
 from utils.devices import memory_suffices
 from utils.distributed import Process
@@ -61,9 +61,9 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
     make_folder(folder, "--result_dir")
     if process.is_main:
         remove(folder / "scores.csv")  # of a former run: were this one cut short, they would mislead
-    precision = args.precision
+    precision, network = args.precision, SelfEnsemble(net) if args.self_ensemble else net
     if precision == "auto":
-        precision, reason = pick_precision(process, net, pictures, ratio, args.block_size, args.seed,
+        precision, reason = pick_precision(process, network, pictures, ratio, args.block_size, args.seed,
                                            net.size_multiple, args.batch_size)
         process.print(f"precision {reason}")
     label = name if len(args.cs_ratio) == 1 else f"{name}/{percent(ratio)}"
@@ -83,7 +83,7 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
             if fid:
                 fid.add(picture.luminance, result.reconstruction)
 
-        results = evaluate_spread(process, net, pictures, ratio, args.block_size, args.seed, precision,
+        results = evaluate_spread(process, network, pictures, ratio, args.block_size, args.seed, precision,
                                   net.size_multiple, args.batch_size, {"LPIPS": lpips} if lpips else {}, each)
     scores = mean_scores(results)
     if fid:
@@ -137,7 +137,8 @@ def load_network(path: Path, args: argparse.Namespace, process: Process) -> IDM:
     net, device = IDM.from_checkpoint(path).eval(), process.device
     parameters, steps = sum(p.numel() for p in net.parameters()), net.config.num_steps
     spread = f", {process.world_size} processes" if process.world_size > 1 else ""
-    process.print(f"{path}: {parameters:,} parameters, T = {steps}, on {device} in {args.precision}{spread}")
+    ensemble = ", self-ensemble of 8 orientations" if args.self_ensemble else ""
+    process.print(f"{path}: {parameters:,} parameters, T = {steps}, on {device} in {args.precision}{ensemble}{spread}")
     if args.step_number != steps:
         process.print(f"these weights are for T = {steps}; --step_number {args.step_number} does not apply")
     if args.epoch is not None and path.name != f"net_params_{args.epoch}.pkl":
@@ -203,6 +204,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=whole(1),
         help="pictures of one size to reconstruct together; if not given, 1 on a CPU, 8 of 256x256 on a GPU")
     add("--compile", action="store_true", help="compile the network first; pays for large test sets")
+    add("--self_ensemble", action="store_true",
+        help="reconstruct each picture in its eight orientations and take the mean: better, and eight times as slow")
     add("--metrics", type=metrics, default=[],
         help="lpips, fid or lpips,fid beside PSNR and SSIM; for those who have torchmetrics and the weights")
     add("--seed", type=whole(0), default=2025, help="of the sampling matrix and the permutations")

@@ -15,11 +15,13 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from model import IDM
+from model import IDM, SelfEnsemble
 from tests.test_distributed import free_port
 from utils import speed
 from utils.distributed import Process
 from utils.errors import UserError, run
+from utils.evaluation import evaluate
+from utils.testsets import load_testset
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"grey": (40, 50), "tiny": (3, 5), "ümlaut": (32, 32)}
@@ -165,6 +167,19 @@ def test_compiled_blocks_score_the_same(place, tmp_path, monkeypatch):
     eager, compiled = (read_scores(tmp_path / run_ / "set" / "10") for run_ in ("eager", "compiled"))
     assert {name: row[0] for name, row in compiled.items()} == \
            {name: pytest.approx(row[0], abs=1e-3) for name, row in eager.items()}
+
+
+def test_self_ensemble_is_announced_and_reconstructs_by_the_mean(place, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, place, "--testset_name", "set", "--block_size", "8", "--result_dir", str(tmp_path),
+         "--self_ensemble")
+    assert "on cpu in fp32, self-ensemble of 8 orientations\n" in capsys.readouterr().out
+    net = SelfEnsemble(IDM.from_checkpoint(place / "weight" / "compact"))
+    pictures = load_testset("set", place / "data")
+    expected = {result.name: result.psnr for result in evaluate(net, pictures, 0.1, block_size=8)}
+    assert {name: row[0] for name, row in read_scores(tmp_path / "set" / "10").items()} == \
+           {name: pytest.approx(psnr, abs=1e-4) for name, psnr in expected.items()}
+    plain = evaluate(net.net, pictures, 0.1, block_size=8)
+    assert any(abs(result.psnr - expected[result.name]) > 1e-3 for result in plain)
 
 
 def test_metrics_add_columns_and_averages(place, tmp_path, monkeypatch, capsys):
