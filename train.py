@@ -4,7 +4,6 @@ import math
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -52,7 +51,7 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     state, notes = find_state(args, process)
     testset, test_notes = open_testset(args, process)
     crops = TrainingCrops(args.train_dir, args.patch_size, args.seed, cache_dir=args.cache_dir)
-    if len(set(process.of_all(zlib.crc32(crops.fingerprint().encode())))) > 1:
+    if len(set(process.all_gather(crops.fingerprint()))) > 1:
         raise UserError(f"the processes find different pictures in {args.train_dir}; give all machines the same")
     if process.is_main:
         files.make_folder(folder, "--model_dir")

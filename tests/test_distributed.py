@@ -59,7 +59,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
             assert (process.rank, process.world_size, process.is_main) == (rank, 2, rank == 0)
             assert process.sum([rank + 1, torch.tensor(0.5)]) == [3.0, 1.0]
             assert process.gather(f"rank {rank}") == (["rank 0", "rank 1"] if rank == 0 else [])
-            assert process.of_all(10.0 + rank) == [10.0, 11.0]
+            assert process.all_gather(10.0 + rank) == [10.0, 11.0]
             with pytest.raises(UserError, match="missing"), process.main_first():  # the other rank is not left waiting
                 raise UserError("missing on both")
             net = build("both")
@@ -107,7 +107,7 @@ def test_without_a_group_a_process_stands_for_itself(monkeypatch):
     assert process.is_main and process.world_size == 1 and not dist.is_initialized()
     assert process.wrap(layer) is layer
     assert process.sum([1, True, torch.tensor(2.5)]) == [1.0, 1.0, 2.5]
-    assert process.gather("alone") == ["alone"] and process.of_all(3.0) == [3.0]
+    assert process.gather("alone") == ["alone"] and process.all_gather(3.0) == [3.0]
 
 
 def test_a_device_that_is_not_there_is_the_users_mistake(monkeypatch):

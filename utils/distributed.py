@@ -56,10 +56,6 @@ class Process:
             dist.all_reduce(numbers)
         return numbers.tolist()
 
-    def of_all(self, value: float) -> list[float]:
-        """`value` of every rank, in order of rank, the same list on all."""
-        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world_size)])
-
     def gather(self, thing: Any) -> list[Any]:
         """`thing` of every rank, in order of rank, on rank 0; an empty list on the others."""
         if not dist.is_initialized():

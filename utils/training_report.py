@@ -124,7 +124,7 @@ def test_and_log(run: Run) -> None:
     """
     record, run.unlogged = run.unlogged, None
     logged = bool(run.log and run.log.iteration == run.progress.iteration)
-    if record is None or any(run.process.of_all(logged)):
+    if record is None or any(run.process.all_gather(logged)):
         return
     record["tests"] = test_all(run)
     if not run.log:

@@ -142,7 +142,7 @@ def find_state(args: argparse.Namespace, process: Process) -> tuple[dict | None,
         raise UserError(f"{folder} holds an earlier run; leave out --no-resume to go on with it, or train into another "
                         "--model_dir")
     state, notes = training_state.load_newest_state(folder)
-    done = process.of_all(state["progress"]["iteration"] if state else -1)
+    done = process.all_gather(state["progress"]["iteration"] if state else -1)
     if len(set(done)) > 1:
         raise UserError("the processes find different states to go on from; --model_dir must be one folder that all "
                         "machines share")
@@ -159,6 +159,6 @@ def open_testset(args: argparse.Namespace, process: Process) -> tuple[list[Pictu
         pictures, problem = load_testset(args.testset_name, args.data_dir), "another machine has not the pictures"
     except UserError as error:
         pictures, problem = [], error
-    if all(process.of_all(len(pictures))):
+    if all(process.all_gather(len(pictures))):
         return pictures, []
     return [], [f"no test after each epoch, since {problem}"]
