@@ -149,7 +149,7 @@ def write_tables(folder: Path, comparison: Comparison) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--testset_name", type=testset, default="Set11", help="a folder of ground truth in the data folder, or Samples")
     add("--cs_ratio", type=ratio, default="0.1", help="M / N in (0, 1], what the pictures were reconstructed from")

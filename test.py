@@ -186,7 +186,7 @@ def table(scores: dict[tuple[str, float], Scores]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--epoch", type=whole(0), help=f"which of the saved epochs to load; {PUBLISHED_EPOCH} if not given")
     add("--step_number", type=whole(1), default=3, help="T, the sampling steps of the weights to load")

@@ -57,7 +57,7 @@ def draw(results: dict, path: Path) -> None:
             line = [row for row in rows if row["precision"] == precision and row["step"].endswith(step)]
             left.semilogy([row["T"] for row in line], [row["off"] for row in line], style, color=colour,
                           markersize=4, label=f"{precision}, {line[0]['step']}" if line else None)
-    left.axhline(1e-4, color="grey", linewidth=1, label="the goal, cosine 0.9999")
+    left.axhline(1e-4, color="grey", linewidth=1, label="cosine 0.9999")
     left.set(xlabel="T", title="reversible against plain, fresh narrow network")
     left.set_ylabel("1 - cosine to plain autograd, same precision")
     ablation.sort(key=lambda row: row["fixed_signs"]["relative_error"])

@@ -57,7 +57,8 @@ def row(net: IDM, picture: Picture) -> np.ndarray:
              caption(grey(back.reconstruction), f"A'y at 10 %: {back.psnr:.2f} dB")]
     for ratio in RATIOS:
         (result,) = evaluate(net, [picture], ratio, size_multiple=net.size_multiple)
-        tiles.append(caption(colour(picture, result.reconstruction), f"IDM at {100 * ratio:g} %: {result.psnr:.2f} dB"))
+        label = f"compact IDM, {100 * ratio:g} %: {result.psnr:.2f} dB"
+        tiles.append(caption(colour(picture, result.reconstruction), label))
     return np.concatenate(tiles, axis=1)
 
 

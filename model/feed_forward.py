@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-PART = 16384  # places; more of them fill no processor any better
+PART = 16384  # places: enough to fill a processor
 
 
 class PartwiseFeedForward(nn.Module):

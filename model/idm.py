@@ -104,7 +104,7 @@ class IDM(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        y: Tensor,  # measurements, operator.A(x)
+        y: Tensor,  # measurements, operator.A(x): (batch, H·W/N, M) of ours
         operator: LinearOperator,  # ours or deepinv's: a module with A and A_adjoint
     ) -> Tensor:
         """x̂, (batch, 1, H, W); not clamped.
@@ -132,12 +132,14 @@ class IDM(ModelMixin, ConfigMixin):
 
     @classmethod
     def compact(cls, width: int = 64, num_steps: int = 3, shuffle: int = 4) -> "IDM":
-        """Fresh weights at small widths (width, 2 · width), one attention head for 32 channels of the first.
+        """Fresh weights at small widths (width, 2 · width), width // 32 attention heads.
 
         One group for every group norm: 32 groups of a few channels each would take the scale out of nearly every one.
         They start at about the back-projection, wired for images where the first scale has room for them (see
-        `compact_start`).  Little of x̂_t passes a step by, except that the first gives back what ε is worth more there
-        than in the second.
+        `compact_start`).  v is 0.01 in all steps but the first, where it makes up for the step's greater noise level.
+
+        Raises:
+            ValueError: where the width is no multiple of 2 · shuffle².
         """
         if shuffle > 0 and width % (2 * shuffle**2):
             raise ValueError(f"the width must be a multiple of {2 * shuffle**2}")

@@ -61,8 +61,9 @@ class ReversibleChain(nn.ModuleList):
     """Couplings one after the other.
 
     A context, one tuple a coupling, is what f reads beside its stream.  Tensors in it, and parameters and buffers of
-    modules in it, are differentiated like all else.  Nowhere else may a tensor hide that needs a gradient: objects with
-    one among their attributes are refused, and so are lists, tuples and dictionaries.
+    modules in it, are differentiated like all else.  Nowhere else may a tensor hide that needs a gradient, which would
+    be lost: objects and modules with one among their attributes, or in a list, tuple or dictionary there, are refused,
+    and so are contexts with such containers.  What lies deeper, or in a closure, is not found.
     """
 
     def forward(
@@ -75,6 +76,13 @@ class ReversibleChain(nn.ModuleList):
         store_every: int | None = None,  # keep the streams every k couplings (1: exact); None: invert all
         keep_last: bool = False,  # keep the last coupling's graph: it is computed once, and held till backward
     ) -> tuple[Tensor, Tensor]:
+        """(y1, y2), the streams after the last coupling.
+
+        Raises:
+            ValueError: for a wrong number of contexts, or an impossible `store_every`.
+            TypeError: where something that needs a gradient is hidden in a context or in a module.
+            RuntimeError: in backward, where two threads differentiate one module at once.
+        """
         contexts = self._contexts(contexts)
         if store_every is not None and store_every < 1:
             raise ValueError(f"store_every must be None or at least 1, not {store_every}")
@@ -241,7 +249,14 @@ class _Chain(torch.autograd.Function):
 def _check_for_hidden(item: Any) -> None:
     """Refuse what holds a tensor whose gradient would be lost."""
     for name, value in getattr(item, "__dict__", {}).items():
-        if isinstance(value, Tensor) and value.requires_grad:
+        if isinstance(value, (dict, list, tuple)):
+            if not value or name in ("_parameters", "_buffers", "_modules"):
+                continue
+            hidden = any(isinstance(each, Tensor) and each.requires_grad
+                         for each in (value.values() if isinstance(value, dict) else value))
+        else:
+            hidden = isinstance(value, Tensor) and value.requires_grad
+        if hidden:
             raise TypeError(f"{type(item).__name__}.{name} needs a gradient, which would be lost, as it is neither a "
                             "parameter nor a buffer of a module; register it, or detach it")
 

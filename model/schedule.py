@@ -16,7 +16,7 @@ class LearnedSchedule(nn.Module):
         self.alpha = nn.Parameter(torch.full((num_steps,), alpha))
 
     def forward(self) -> Tensor:
-        """(T + 1,): ᾱ_0 = 1, ᾱ_1, …, ᾱ_T."""
+        """(T + 1,): ᾱ_0 = 1, ᾱ_1, …, ᾱ_T, these held below 1 − 1e-4."""
         alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32))  # products of half precision add up
         # Training may bring an α past 1, where √(1 − ᾱ) is nan; close below, its derivative has no bound.  The gradient
         # passes, or an α that was held back once would never move again.

@@ -24,7 +24,7 @@ from .precision import FullPrecisionConv2d
 from .reversible import Coupling, ReversibleChain, holding
 
 PAIRS_DOWN, PAIRS_UP = 2, 3  # (resnet, attention) pairs in a down block and in an up block
-PLACES_AT_ONCE = 2**14  # of the features, differentiated at once: these fill a GPU, and more only take its memory
+PLACES_AT_ONCE = 2**14  # of the features, differentiated at once: enough to fill a GPU
 
 Injection = tuple[Tensor, LinearOperator, int]  # back-projection Aᵀy, operator, step t: what every injector reads
 

@@ -368,7 +368,8 @@ class Holder(nn.Module):
 def test_a_tensor_that_hides_is_refused_where_it_needs_a_gradient():
     chain, x = make_chain(2), streams()
     learned = torch.ones(3, requires_grad=True)
-    for holder in (Holder(learned), Holder(2 * learned), SimpleNamespace(hidden=learned)):
+    for holder in (Holder(learned), Holder(2 * learned), SimpleNamespace(hidden=learned), Holder([learned]),
+                   Holder({"w": learned}), SimpleNamespace(hidden=(0, learned))):
         with pytest.raises(TypeError, match="hidden needs a gradient, which would be lost"):
             chain(*x, [(), (holder,)])
     chain[1].body.hidden = learned
@@ -376,6 +377,8 @@ def test_a_tensor_that_hides_is_refused_where_it_needs_a_gradient():
         chain(*x)
     chain[1].body.hidden = learned.detach()
     chain(*x)
+    with pytest.raises(TypeError, match="GRU._flat_weights needs a gradient"):  # a second list of its parameters
+        chain(*x, [(), (nn.GRU(3, 3),)])
 
 
 def test_wrong_arguments():

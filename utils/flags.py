@@ -7,10 +7,21 @@ from utils.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose complaints are a UserError instead of a page about all flags."""
+    """argparse's parser; help tells defaults, and complaints are a UserError instead of a page about all flags."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_Formatter)
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the flags")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a flag's default where it is a value; of others the help itself says what holds without them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default is False or action.default in (None, [])
+        return action.help if silent else super()._get_help_string(action)
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -58,7 +58,7 @@ def decay(text: str) -> float:
 
 
 def parse_args(description: str) -> argparse.Namespace:
-    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description)
     add = parser.add_argument
     add("--epoch", type=whole(1), default=50, help="epochs to train")
     add("--step_number", type=whole(1), default=3, help="T, sampling steps")
