@@ -27,8 +27,8 @@ from utils.learning_rate import learning_rate
 from utils.sampling import sampling_matrix
 from utils.speed import compile_blocks
 from utils.training_log import TrainingLog
-from utils.training_options import parse_args
-from utils.training_run import Run, find_state, open_testset
+from utils.training_options import parse_args, shared_settings
+from utils.training_run import Run, check_agreement, find_state, hold, open_testset
 from utils.training_state import Progress
 
 GIVE_UP_AFTER = 10  # iterations in a row that were skipped; a gradient scaler's start at 65536 is then down to 64
@@ -38,24 +38,29 @@ def main() -> None:
     args = parse_args(__doc__)
     process = distributed.start(args.device)
     run = prepare(args, process)
-    train(run)
+    finished = train(run)
     if run.log:
         run.log.close()
     distributed.stop()
+    if not finished:
+        sys.exit(errors.INTERRUPTED)
 
 
 def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     """Read the pictures; build the network, or take up the run that is in the folder."""
-    args.precision = args.precision or default_precision(process.device)
+    args.precision = args.precision or default_precision(process)
+    check_agreement(process, shared_settings(args))
     folder = args.model_dir / args.run_name
+    lock = None
+    if process.is_main:
+        files.make_folder(folder, "--model_dir")
+        files.make_folder(args.log_dir, "--log_dir")
+        lock = hold(folder)
     state, notes = find_state(args, process)
     testset, test_notes = open_testset(args, process)
     crops = TrainingCrops(args.train_dir, args.patch_size, args.seed, cache_dir=args.cache_dir)
     if len(set(process.all_gather(crops.fingerprint()))) > 1:
         raise UserError(f"the processes find different pictures in {args.train_dir}; give all machines the same")
-    if process.is_main:
-        files.make_folder(folder, "--model_dir")
-        files.make_folder(args.log_dir, "--log_dir")
     net = IDM(**state["network"]) if state else build_network(args, process)
     if args.patch_size % (multiple := math.lcm(args.block_size, net.size_multiple)):
         raise UserError(f"--patch_size must be a multiple of {multiple} here, not {args.patch_size}")
@@ -64,7 +69,7 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
         ema = deepcopy(net).requires_grad_(False).eval() if args.ema else None
     run = Run(args, process, crops, net, ema, torch.optim.Adam(net.parameters(), lr=args.learning_rate, fused=True),
               torch.amp.GradScaler(process.device.type, enabled=args.precision == "fp16"),
-              Progress(**state["progress"]) if state else Progress(), testset)
+              Progress(**state["progress"]) if state else Progress(), testset, lock=lock)
     if state:
         notes += run.restore(state)
     if process.is_main:
@@ -80,10 +85,11 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     return run
 
 
-def default_precision(device: torch.device) -> str:
-    if device.type != "cuda":
+def default_precision(process: distributed.Process) -> str:
+    """One for all processes: bf16 where every GPU has it, else fp16; fp32 on CPUs. Every rank must call it."""
+    if process.device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if all(process.all_gather(torch.cuda.is_bf16_supported(including_emulation=False))) else "fp16"
 
 
 def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM:
@@ -113,15 +119,15 @@ def holds_idm(path: Path) -> bool:
         return path.suffix == ".pkl"
 
 
-def train(run: Run) -> None:
-    """Epoch after epoch until the last iteration, or until a signal asks to stop."""
+def train(run: Run) -> bool:
+    """Epoch after epoch until the last iteration; False where a signal stopped it before."""
     args, process, progress = run.args, run.process, run.progress
     training_report.test_and_log(run)  # where the run was killed before that was done
     if progress.iteration >= run.last_iteration:
         process.print(f"nothing is left to do; the weights are in {run.folder}")
-        return
+        return True
     if progress.iteration == 0:
-        run.save()  # whatever happens from now on, there is a state; and the disk has room for one
+        run.save()  # whatever happens from now on, there is a state
     torch.backends.cudnn.benchmark = True  # crops are of one size
     model = process.wrap(run.net.train())
     if args.compile:
@@ -139,9 +145,10 @@ def train(run: Run) -> None:
                 run.save()
                 run.report(f"stopped by a signal after iteration {progress.iteration}; the same command goes on from "
                            "there")
-                return
+                return False
             finish_epoch(run, epoch)
     process.print(f"done; the weights are in {run.folder}")
+    return True
 
 
 def train_epoch(
@@ -257,7 +264,6 @@ def finish_epoch(run: Run, epoch: training_report.Epoch) -> None:
     args, progress = run.args, run.progress
     run.read_totals()
     record = epoch.record()
-    run.report(training_report.summary(epoch.label, record))
     if progress.iteration % args.iters_per_epoch == 0:
         run.totals[:2] = 0
     # Where an epoch was taken up in its middle, --max_iters may have left a checkpoint of its first part.

@@ -323,3 +323,27 @@ def test_a_lock_lasts_as_long_as_the_map(folder, cache_dir):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         del pictures
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_linked_folders_are_searched_but_not_in_circles(folder, sources, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    picture = noise(4, 9, 9)
+    (elsewhere / "z.png").write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "b folder" / "up").symlink_to(folder)
+    assert holds(open_pictures(folder), {**sources, "link/z.png": picture})
+
+
+def test_a_folder_that_cannot_be_searched_is_named(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "deep":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match="cannot search .*/b folder/deep for pictures .Permission denied"):
+        open_pictures(folder)

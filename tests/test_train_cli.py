@@ -16,8 +16,11 @@ import torch
 
 import train
 from model import IDM
-from utils import training_report, training_state
-from utils.errors import run
+from model.operators import random_sampling_matrix
+from utils import training_report, training_run, training_state
+from utils.distributed import Process
+from utils.errors import UserError, run
+from utils.training_run import check_agreement
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "R_0.10-0.50_T_2_B_16"
@@ -78,7 +81,7 @@ def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
     assert set(log) <= set(printed.splitlines())
     folder = place / "weight" / NAME
     assert sorted(file.name for file in folder.iterdir()) == [  # of 1 head, so no .pkl
-        "pretrained", "state_00000002.pt", "state_00000004.pt"]
+        ".lock", "pretrained", "state_00000002.pt", "state_00000004.pt"]
     own = IDM.from_checkpoint(folder / "pretrained")
     torch.manual_seed(2025)
     fresh = IDM.compact(width=32, num_steps=2, shuffle=4)
@@ -130,7 +133,9 @@ def test_a_signal_saves_the_state_and_ends_the_run(call, monkeypatch, tmp_path, 
         return backward(run, *arguments)
 
     monkeypatch.setattr(train, "backward", signalled)
-    call("--iters_per_epoch", "9")
+    with pytest.raises(SystemExit) as ended:
+        call("--iters_per_epoch", "9")
+    assert ended.value.code == 130  # so that nothing that waits for the run's end takes this for it
     assert read_state(tmp_path)["progress"]["iteration"] == 3
     assert "stopped by a signal after iteration 3" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -304,7 +309,7 @@ def test_a_signal_to_all_processes_of_a_run_does_not_end_its_workers(data, tmp_p
         printed = training.communicate(timeout=100)[0]
     finally:
         training.kill()
-    assert training.returncode == 0 and "stopped by a signal after iteration" in printed, printed
+    assert training.returncode == 130 and "stopped by a signal after iteration" in printed, printed
 
 
 def test_tests_that_a_kill_prevented_are_made_up_for(call, monkeypatch, tmp_path, capsys):
@@ -384,6 +389,7 @@ train.errors.run(train.main)
     (["--cache_dir", "/dev/null/cache"], "--cache_dir"),
     (["--cs_ratio", "1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
     (["--cs_ratio", "ten"], "--cs_ratio: must be a number, or several as 0.1/0.3/0.5, not ten"),
+    (["--train_dir", ""], "--train_dir: must name a folder; the current one is ."),
     (["--batch_size", "0"], "--batch_size: must be a whole number of at least 1, not 0"),
     (["--epoch", "ten"], "--epoch: must be a whole number of at least 1, not ten"),
     (["--learning_rate", "nan"], "--learning_rate: must be a number above 0, not nan"),
@@ -417,6 +423,61 @@ def test_an_earlier_run_is_neither_overwritten_nor_continued_with_other_settings
         with pytest.raises(SystemExit) as ended:
             call(*more, place=whole[0])
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_every_slot_has_a_sampling_matrix_of_its_own(call, monkeypatch):
+    backward, matrices = train.backward, {}
+
+    def recorded(run, model, matrix, slot, pixels):
+        matrices[slot] = matrix
+        return backward(run, model, matrix, slot, pixels)
+
+    monkeypatch.setattr(train, "backward", recorded)
+    call("--max_iters", "1", "--accumulate", "2", "--cs_ratio", "0.1/0.3", "--seed", "5")
+    for slot, matrix in matrices.items():
+        expected = random_sampling_matrix(0.3, 16, torch.Generator().manual_seed(5 + slot))
+        assert torch.equal(matrix, expected)
+    assert len(matrices) == 2
+
+
+def test_processes_with_other_settings_are_refused(monkeypatch):
+    """A machine whose launcher was told otherwise would train something else, in step with the rest."""
+    process, mine = Process(0, 2, torch.device("cpu")), {"learning_rate": "0.0001", "seed": "1", "clip": "None"}
+    monkeypatch.setattr(Process, "all_gather", lambda _, thing: [thing, {**thing, **other}])
+    other = {}
+    check_agreement(process, mine)
+    other = {"learning_rate": "0.001", "clip": "1.0"}
+    with pytest.raises(UserError, match="different settings: --learning_rate 0.0001 and 0.001, --clip None and 1.0; "):
+        check_agreement(process, mine)
+
+
+@pytest.mark.parametrize(("have", "expected"), [([True, True], "bf16"), ([True, False], "fp16")])
+def test_half_precision_is_one_that_all_gpus_have(monkeypatch, have, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: have[0])
+    monkeypatch.setattr(Process, "all_gather", lambda _, thing: [thing, have[1]])
+    assert train.default_precision(Process(0, 2, torch.device("cuda"))) == expected
+
+
+def test_a_folder_that_another_process_trains_in_is_left_alone(call, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training_run, "PATIENCE", 0.2)
+    folder = tmp_path / "weight" / NAME
+    code = ("import sys, pathlib; from utils.training_run import hold; lock = hold(pathlib.Path(sys.argv[1])); "
+            "print('held', flush=True); sys.stdin.read()")
+    folder.mkdir(parents=True)
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit) as ended:
+            call()
+        assert ended.value.code == 2
+        assert f"another process is training in {folder}; choose another --model_dir" in capsys.readouterr().err
+        assert not training_state.list_states(folder)
+    finally:
+        other.kill()
+        other.wait()
+    call("--max_iters", "1")
+    assert weights(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["net_params_50.pkl", "pretrained"])

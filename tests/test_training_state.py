@@ -1,4 +1,5 @@
 """States and checkpoints of a training run come back as they were, and what is damaged is refused."""
+import errno
 import os
 import random
 
@@ -111,6 +112,21 @@ def test_an_interrupt_while_writing_leaves_the_old_state(folder, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             training_state.save_state(folder, state(2))
     assert newest(folder) == 1
+
+
+@pytest.mark.parametrize(("failure", "message"), [
+    (PermissionError(errno.EACCES, "Permission denied"), "cannot read .*_00000002.pt .Permission denied"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory to read .*_00000002.pt"),
+])
+def test_a_state_that_cannot_be_read_here_is_not_taken_for_damaged(folder, monkeypatch, failure, message):
+    """Or the one before it would be used, and then written over the newer one."""
+    def fail(*_, **__):
+        raise failure
+
+    training_state.save_state(folder, state(2))
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError, match=message):
+        training_state.load_newest_state(folder)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])

@@ -8,7 +8,7 @@ from utils.errors import UserError
 
 
 def open_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
-    """A device that has been tried out.
+    """A device that has been tried out; on GPUs fp32 then means fp32, in convolutions too.
 
     Args:
         name: cpu, cuda, cuda:1, ...; None takes the first GPU where there is one, else the CPU.
@@ -27,6 +27,7 @@ def open_device(name: str | None = None, local_rank: int | None = None) -> torch
                                 f"{count}; start fewer processes, or use --device cpu")
             device = torch.device("cuda", local_rank)
         torch.zeros(1, device=device).item()
+        torch.backends.cudnn.allow_tf32 = False  # fp32 convolutions would have 10 bits of mantissa, as fp16 has
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # which, depends on the build
         raise UserError(f"--device {name} cannot be used on this machine; leave it out, or say cpu") from error
     return device

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
+INTERRUPTED = 130  # the exit status of what Ctrl-C or SIGTERM ended
 HEAD_START = 5  # seconds that rank 0 has to report a mistake before another rank does
 
 
@@ -25,14 +26,16 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def run(main: Callable[[], None], *also: type[Exception]) -> None:
-    """Call `main`; turn a UserError, or one of the exceptions `also`, into its message and exit status 2.
+    """Call `main`; turn a UserError, a PermissionError or one of `also` into its message and exit status 2.
 
     Of several processes, rank 0 speaks at once. Another rank waits a little and then says which it is: where the
     mistake is common to all, `torch.distributed.run` ends that rank before it repeats what rank 0 has said.
     """
     try:
         main()
-    except (UserError, *also) as error:
+    except (UserError, PermissionError, *also) as error:
+        if isinstance(error, PermissionError):
+            error = f"cannot open {error.filename} ({first_line(error)})"
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(HEAD_START)
@@ -40,4 +43,4 @@ def run(main: Callable[[], None], *also: type[Exception]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -2,6 +2,7 @@
 import argparse
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from utils.errors import UserError
 
@@ -42,6 +43,13 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
+
+
+def folder(text: str) -> Path:
+    """The type of a flag that names a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder; the current one is .")
+    return Path(text)
 
 
 def ratios(text: str) -> list[float]:

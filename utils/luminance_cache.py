@@ -141,7 +141,7 @@ def _list_files(folder: Path) -> Listing:
         raise UserError(f"there is no folder {folder}; give one with training pictures by --train_dir "
                         "(python -m utils.download Waterloo says where those of the paper are)")
     listing = {}
-    for path in sorted(path for path in folder.rglob("*") if is_picture_name(path.name)):
+    for path in sorted(path for path in _files(folder) if is_picture_name(path.name)):
         try:
             status = path.stat()
         except FileNotFoundError:  # a link to nothing, or just removed
@@ -153,6 +153,26 @@ def _list_files(folder: Path) -> Listing:
     if not listing:
         raise UserError(f"no picture ({', '.join(SUFFIXES)}) in {folder} or below it")
     return listing
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in `folder` and below it, also where links to other folders lead, but not in circles."""
+    def refuse(error: OSError):
+        raise UserError(f"cannot search {error.filename} for pictures ({first_line(error)})") from error
+
+    def identity(path: str) -> tuple[int, int]:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+
+    above = {str(folder): {identity(folder)}}  # of each folder: itself and those that led there
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        passed = above.pop(place)
+        for name in list(folders):
+            if (found := identity(path := os.path.join(place, name))) in passed:
+                folders.remove(name)
+            else:
+                above[path] = {*passed, found}
+        yield from (Path(place, name) for name in names)
 
 
 def _build(file: BinaryIO, folder: Path, listing: Listing) -> None:

@@ -2,12 +2,11 @@
 import argparse
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from utils.evaluation import PRECISIONS
-from utils.flags import Parser, positive, ratios, run_name, whole
+from utils.flags import Parser, folder, positive, ratios, run_name, whole
 from utils.published import RATIOS
 
 
@@ -91,13 +90,14 @@ def parse_args(description: str) -> argparse.Namespace:
     add("--seed", type=whole(0), default=2025, help="of the crops, operators and fresh weights")
     add("--device", help="cpu, cuda or cuda:N; CUDA if there is any")
     add("--num_workers", type=whole(0), default=0, help="processes that cut crops")
-    add("--data_dir", type=Path, default="data", help="folder of the test sets")
-    add("--train_dir", type=Path, help="training pictures, searched recursively; DATA_DIR/pristine_images if not given")
-    add("--cache_dir", type=Path, help="the pictures' luminance is kept here; DATA_DIR/cache if not given")
+    add("--data_dir", type=folder, default="data", help="folder of the test sets")
+    add("--train_dir", type=folder,
+        help="training pictures, searched recursively; DATA_DIR/pristine_images if not given")
+    add("--cache_dir", type=folder, help="the pictures' luminance is kept here; DATA_DIR/cache if not given")
     add("--no_cache", action="store_true", help="decode all pictures into memory, at every start and in every process")
     add("--testset_name", default="Set11", help="tested on after each epoch: a folder of DATA_DIR, or Samples")
-    add("--model_dir", type=Path, default="weight", help="checkpoints and states go into a folder of it")
-    add("--log_dir", type=Path, default="log", help="logs go here")
+    add("--model_dir", type=folder, default="weight", help="checkpoints and states go into a folder of it")
+    add("--log_dir", type=folder, default="log", help="logs go here")
     add("--save_interval", type=whole(1), default=10, help="epochs between checkpoints; the last is saved always")
     add("--save_minutes", type=positive, default=15, help="minutes between two states within an epoch")
     add("--resume", action=argparse.BooleanOptionalAction, default=True,
@@ -109,6 +109,14 @@ def parse_args(description: str) -> argparse.Namespace:
     if args.warm_up is None:
         args.warm_up = -(-args.epoch * args.iters_per_epoch // 50) if args.lr_schedule == "cosine" else 0
     return args
+
+
+OF_ONE_MACHINE = ("device", "num_workers", "data_dir", "train_dir", "cache_dir", "model_dir", "log_dir")
+
+
+def shared_settings(args: argparse.Namespace) -> dict[str, str]:
+    """What all processes must be given alike."""
+    return {name: str(value) for name, value in vars(args).items() if name not in OF_ONE_MACHINE}
 
 
 def configuration(args: argparse.Namespace, pictures: str) -> dict[str, str | int | float | None]:

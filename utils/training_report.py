@@ -110,15 +110,15 @@ class Epoch:
         }
 
 
-def summary(label: str, record: dict[str, Any]) -> str:
+def summary(run: Run, record: dict[str, Any]) -> str:
     skipped = f", {record['skipped']} iterations skipped so far (not finite)" if record["skipped"] else ""
-    return (f"{label} loss: {record['loss']:.4f}, lr: {record['learning_rate']:.1e}, "
+    return (f"[{record['epoch']:02d}/{run.args.epoch}] loss: {record['loss']:.4f}, lr: {record['learning_rate']:.1e}, "
             f"{record['images_per_second']:.1f} images/s, {record['seconds']:.0f} s, "
             f"{100 * record['data_wait']:.1f} % of it waiting for data, {record['peak_memory_mb']:.0f} MB{skipped}")
 
 
 def test_and_log(run: Run) -> None:
-    """Test after an epoch and log its record, unless the log has it; every rank must call it.
+    """Report an epoch, test after it and log its record, unless the log has it; every rank must call it.
 
     A state holds the record, so that a run that was killed here does both when it is taken up again.
     """
@@ -126,6 +126,7 @@ def test_and_log(run: Run) -> None:
     logged = bool(run.log and run.log.iteration == run.progress.iteration)
     if record is None or any(run.process.all_gather(logged)):
         return
+    run.report(summary(run, record))
     record["tests"] = test_all(run)
     if not run.log:
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from utils import training_state
@@ -17,6 +18,8 @@ from utils.testsets import Picture, load_testset
 from utils.training_log import TrainingLog
 from utils.training_options import configuration
 from utils.training_state import Progress
+
+PATIENCE = 15  # seconds in which the workers of a process that was killed end as well
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Run:
     testset: list[Picture] = field(default_factory=list)  # empty: no tests
     log: TrainingLog | None = None  # on rank 0
     unlogged: dict[str, Any] | None = None  # record of the epoch just finished, until its tests are done
+    lock: FileLock | None = None  # on rank 0, of the folder
 
     def __post_init__(self):
         progress = self.progress
@@ -131,6 +135,31 @@ class Run:
                 f"and is {self.batches * self.args.batch_size}"]
 
 
+def check_agreement(process: Process, settings: dict[str, str]) -> None:
+    """Raise UserError, naming the differences, unless all processes have these settings; every rank must call it."""
+    of_all = process.all_gather(settings)
+    different = [f"--{name} {' and '.join(dict.fromkeys(each[name] for each in of_all))}"
+                 for name, value in settings.items() if any(each[name] != value for each in of_all)]
+    if different:
+        raise UserError(f"the processes were given different settings: {', '.join(different)}; give all the same")
+
+
+def hold(folder: Path) -> FileLock:
+    """Keep other processes' runs out of a run's folder as long as the lock lives, or this process.
+
+    Raises:
+        UserError: where another process holds it.
+    """
+    lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(f"another process is training in {folder}; choose another --model_dir") from None
+    except (OSError, NotImplementedError):  # some network file systems have no locks
+        pass
+    return lock
+
+
 def find_state(args: argparse.Namespace, process: Process) -> tuple[dict | None, list[str]]:
     """The state in the run's folder, None where the run is new; and what there is to say about it.
 
@@ -138,7 +167,7 @@ def find_state(args: argparse.Namespace, process: Process) -> tuple[dict | None,
         UserError: where the folder holds a run that cannot go on, or the processes find different states.
     """
     folder = args.model_dir / args.run_name
-    if not args.resume and training_state.list_states(folder):
+    if not args.resume and any(int(path.stem.partition("_")[2]) for path in training_state.list_states(folder)):
         raise UserError(f"{folder} holds an earlier run; leave out --no-resume to go on with it, or train into another "
                         "--model_dir")
     state, notes = training_state.load_newest_state(folder)

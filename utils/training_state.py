@@ -12,8 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.devices import memory_suffices
 from utils.errors import UserError, first_line
 from utils.files import remove, write_whole, write_whole_folder
+
+
+class DamagedState(UserError):
+    """A file that is not, or no longer, a whole training state."""
+
 
 _PARTS = {"network", "model", "ema", "optimizer", "scaler", "progress", "random", "configuration", "processes"}
 
@@ -63,13 +69,13 @@ def load_newest_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     Returns None where there is no state at all.
 
     Raises:
-        UserError: where there are states, but none is whole.
+        UserError: where there are states, but none is whole, or the newest cannot be read here, though it may be.
     """
     damaged = []
     for path in list_states(folder):
         try:
             return load_state(path), [f"{reason}; going on from the one before it" for reason in damaged]
-        except UserError as error:
+        except DamagedState as error:
             damaged.append(str(error))
     if damaged:
         raise UserError(f"{'; '.join(damaged)}; remove {folder} to start again")
@@ -80,22 +86,26 @@ def load_state(path: Path) -> dict[str, Any]:
     """Read what `save_state` wrote, onto the CPU.
 
     Raises:
-        UserError: where the file is damaged or is something else.
+        DamagedState: where the file is damaged or is something else.
+        UserError: where it may not be read, or there is not enough memory for it.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            # And where an entry is marked as a folder, it leaves the tensor as it finds it in memory.
-            damaged = archive.testzip() or next((entry.filename for entry in archive.infolist() if entry.external_attr),
-                                                None)
-        if damaged is None:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with memory_suffices(f"to read {path}"):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                # And where an entry is marked as a folder, it leaves the tensor as it finds it in memory.
+                marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
+                damaged = archive.testzip() or next(marked, None)
+            if damaged is None:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path} ({first_line(error)})") from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile,
             zlib.error) as error:
-        raise UserError(f"{path} is not a whole training state ({first_line(error)})") from error
+        raise DamagedState(f"{path} is not a whole training state ({first_line(error)})") from error
     if damaged is not None:
-        raise UserError(f"{path} is damaged ({damaged} is not as it was written)")
+        raise DamagedState(f"{path} is damaged ({damaged} is not as it was written)")
     if not isinstance(state, dict) or _PARTS - state.keys():
-        raise UserError(f"{path} is not a training state of this program")
+        raise DamagedState(f"{path} is not a training state of this program")
     return state
 
 
