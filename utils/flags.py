@@ -10,8 +10,8 @@ from utils.errors import UserError
 class Parser(argparse.ArgumentParser):
     """argparse's parser; help tells defaults, and complaints are a UserError instead of a page about all flags."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_Formatter)
+    def __init__(self, description: str, **settings):
+        super().__init__(description=description, **{"formatter_class": _Formatter, **settings})
 
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the flags")
