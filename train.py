@@ -178,7 +178,7 @@ def train_epoch(
             give_up_if_nothing_is_finite(run)
             if stop:
                 return progress.iteration == epoch.end
-            if save_due:
+            if save_due and progress.iteration < epoch.end:  # at its end, the state will hold the epoch's record
                 run.save()
                 saved = time.monotonic()
     return True

@@ -9,6 +9,8 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,10 +43,19 @@ def live(flags: list[str], processes: int, port: int) -> list[int]:
     return children
 
 
-def wait(children: list[int], seconds: float) -> list[int]:
-    """Wait for processes to end; those that have not in that time."""
+def writing(folder: Path, since: float, name: str = "*") -> bool:
+    """Whether there is a file of this name that was half written since then."""
+    for path in folder.rglob(f".{name}.partial"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime > since:
+                return True
+    return False
+
+
+def wait(children: list[int], seconds: float, enough: Callable[[], bool] = lambda: False) -> list[int]:
+    """Wait for processes to end, or for `enough`; those that have not ended in that time."""
     until = time.monotonic() + seconds
-    while children and time.monotonic() < until:
+    while children and time.monotonic() < until and not enough():
         children = [child for child in children if os.waitpid(child, os.WNOHANG)[0] == 0]
         time.sleep(0.001)
     return children
@@ -59,23 +70,28 @@ def kill(children: list[int]) -> None:
 def main() -> None:
     task = json.loads(sys.argv[1])
     draw, folder, port = random.Random(task["seed"]), Path(task["folder"]), task["port"]
-    kills = writing = 0
-    for _ in range(task["kills"]):
+    kills = half_written = 0
+    for number in range(task["kills"]):
         port += 1
-        children = live(task["flags"], task["processes"], port)
-        running = wait(children, draw.uniform(0, task["longest_life"]))
+        children, since = live(task["flags"], task["processes"], port), time.time()
+        if number % 2:  # at any moment
+            running = wait(children, draw.uniform(0, task["longest_life"]))
+        else:  # in the midst of the first state
+            running = wait(children, 60, enough=lambda since=since: writing(folder, since, "state_*"))
+            time.sleep(draw.uniform(0, 0.05))
         if not running:
             break
         # All at once, as when the power fails, or one alone, whose death the other may notice by itself.
         first = running if draw.random() < 0.5 else [draw.choice(running)]
         kill(first)
-        writing += any(folder.rglob("*.partial"))
+        half_written += writing(folder, since)
         kill(wait([child for child in running if child not in first], 2))
         kills += 1
     start = time.monotonic()
     running = wait(live(task["flags"], task["processes"], port + 1), 300)
     kill(running)
-    print(json.dumps({"kills": kills, "writing": writing, "ended": not running, "seconds": time.monotonic() - start}))
+    print(json.dumps({"kills": kills, "half_written": half_written, "ended": not running,
+                      "seconds": time.monotonic() - start}))
 
 
 if __name__ == "__main__":
