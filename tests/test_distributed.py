@@ -124,6 +124,18 @@ def test_a_device_that_is_not_there_is_the_users_mistake(monkeypatch):
         distributed.start("toaster")
 
 
+@pytest.mark.parametrize(("environment", "complaint"), [
+    ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR"), ({"RANK": "a", "WORLD_SIZE": "1"}, "'a'"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "''")])
+def test_an_environment_that_describes_half_a_group_is_the_users_mistake(monkeypatch, environment, complaint):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"RANK and WORLD_SIZE are set, but.*{complaint}"):
+        distributed.start("cpu")
+
+
 def test_seeds_differ_wherever_one_of_their_numbers_does():
     seeds = {distributed.seed_of(*numbers) for numbers in [
         (1,), (1, 0), (2,), (1, 2), (2, 1), (1, 2, 0), (1, 2, 3), (1, 3, 2)]}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.devices import open_device
+from utils.errors import UserError, first_line
 
 # Rank 0 tests and writes while the others wait for it, which must not count as a hung collective.
 _PATIENCE = timedelta(hours=1)
@@ -92,21 +93,35 @@ def start(device: str | None = None) -> Process:
             CUDA device of its local rank.
 
     Raises:
-        UserError: for a device that is not there.
+        UserError: for a device that is not there, or an environment that does not describe a group.
     """
     grouped = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank = int(os.environ["RANK"]) if grouped else 0
-    world_size = int(os.environ["WORLD_SIZE"]) if grouped else 1
-    place = open_device(device, int(os.environ.get("LOCAL_RANK", rank)) if grouped else None)
+    with _environment_is_whole():
+        rank = int(os.environ["RANK"]) if grouped else 0
+        world_size = int(os.environ["WORLD_SIZE"]) if grouped else 1
+        local_rank = int(os.environ.get("LOCAL_RANK", rank)) if grouped else None
+    place = open_device(device, local_rank)
     if place.type == "cuda":
         place = torch.device("cuda", place.index or 0)
         torch.cuda.set_device(place)
     if grouped:
         on_cuda = place.type == "cuda"
-        store = meet(next(dist.rendezvous("env://", timeout=_PATIENCE))[0], rank, world_size)
+        with _environment_is_whole():
+            store, *_ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        store = meet(store, rank, world_size)
         dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size,
                                 timeout=_PATIENCE, device_id=place if on_cuda else None)
     return Process(rank, world_size, place)
+
+
+@contextmanager
+def _environment_is_whole() -> Iterator[None]:
+    """Turn a ValueError, which is about the environment, into a UserError that says so."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, but what goes with them is not as torch.distributed.run sets it "
+                        f"({first_line(error)}); start by that, or unset them") from error
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
