@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from model import IDM, SelfEnsemble, WeightsError
 from utils import distributed
-from utils.devices import memory_suffices
+from utils.devices import PRECISIONS, memory_suffices
 from utils.distributed import Process
 from utils.errors import UserError, run
-from utils.evaluation import PRECISIONS, Result, Scores, evaluate_spread, mean_scores
+from utils.evaluation import Result, Scores, evaluate_spread, mean_scores
 from utils.files import make_folder, remove, write_whole
 from utils.flags import Parser, percent, ratios, run_name, whole
 from utils.images import remove_former, write_reconstruction

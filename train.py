@@ -20,9 +20,8 @@ from model.operators import number_of_measurements
 from model.weight_files import read_config
 from utils import distributed, errors, files, training_report, training_state
 from utils.datasets import NAMED, TrainingCrops
-from utils.devices import memory_suffices
+from utils.devices import computing_in, memory_suffices
 from utils.errors import UserError, listed
-from utils.evaluation import PRECISIONS
 from utils.learning_rate import learning_rate
 from utils.sampling import sampling_matrix
 from utils.speed import compile_blocks
@@ -213,7 +212,7 @@ def backward(run: Run, model: nn.Module, matrix: Tensor, slot: int, pixels: Tens
     x = pixels.to(device, non_blocking=True).float() / 255
     x = x.rot90(symmetry % 4, (2, 3))
     x = x.flip(3) if symmetry >= 4 else x
-    with torch.autocast(device.type, PRECISIONS[args.precision], enabled=args.precision != "fp32"):
+    with computing_in(args.precision, device):
         x_hat = model(operator.A(x), operator)
     loss = (x_hat.float() - x).abs().mean()
     # 1, or nan: a loss that is not finite thus shows in the gradients of all processes.

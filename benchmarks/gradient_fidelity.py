@@ -48,8 +48,8 @@ from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing, LinearOperator  # noqa: E402
 from model.injector import Injector  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
+from utils.devices import PRECISIONS, computing_in  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
-from utils.evaluation import PRECISIONS  # noqa: E402
 from utils.testsets import SAMPLE_SIZE, load_testset  # noqa: E402
 
 LOSS_SCALE = 4096.0  # a power of two: of consequence in fp16 alone, whose smallest numbers are 6e-8
@@ -70,9 +70,6 @@ class Setting:
         generator = torch.Generator().manual_seed(seed)
         self.operator = BlockCompressedSensing.random((args.crop, args.crop), 0.1, 32, generator).to(self.device)
 
-    def autocast(self, precision: str) -> torch.autocast:
-        return torch.autocast(self.device.split(":")[0], PRECISIONS[precision], enabled=precision != "fp32")
-
     def half_products(self):
         """What to compute products of half-precision numbers with."""
         return nullcontext() if self.native else half_products(self.device)
@@ -89,7 +86,7 @@ def gradients(
     """x̂, the gradients of mean |x̂ − x|, and those with fixed signs (the same again where there are none)."""
     parameters = dict(net.named_parameters())
     with setting.half_products():
-        with setting.autocast(precision):
+        with computing_in(precision, setting.device):
             x_hat = net(setting.operator.A(setting.x) if y is None else y, operator or setting.operator)
         losses = [(x_hat - setting.x).abs().mean(), *([] if signs is None else [(signs * x_hat).mean()])]
         found = [torch.autograd.grad(LOSS_SCALE * loss, parameters.values(), retain_graph=loss is not losses[-1])
@@ -165,7 +162,7 @@ def chain(args: argparse.Namespace, setting: Setting) -> list[Row]:
             found = []
             for reversible in (False, True):
                 with setting.half_products():
-                    with setting.autocast(precision):
+                    with computing_in(precision, setting.device):
                         streams = engine(inputs["x1"], inputs["x2"], contexts, reversible=reversible)
                     loss = sum((stream * probe).mean() for stream, probe in zip(streams, probes, strict=True))
                     found.append(torch.autograd.grad(LOSS_SCALE * loss, leaves.values()))

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from benchmarks.half_precision import ALWAYS_FULL
-from utils.evaluation import PRECISIONS
+from utils.devices import PRECISIONS
 
 LABELS = ("precision", "chain", "T", "step", "in fp32", "in half")
 IN_FULL_PRECISION = ("conv_in", "conv_out", "injectors' maps", *ALWAYS_FULL)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import machine, save_results  # noqa: E402
 from benchmarks.memory import FollowTensors  # noqa: E402
 from model import IDM, BlockCompressedSensing, feed_forward  # noqa: E402
-from utils.evaluation import PRECISIONS  # noqa: E402
+from utils.devices import computing_in  # noqa: E402
 from utils.speed import compile_blocks, half_precisions  # noqa: E402
 
 Size = tuple[int, int]
@@ -79,7 +79,7 @@ def operator_for(batch: int, size: Size, device: str) -> BlockCompressedSensing:
 @torch.inference_mode()
 def reconstruct(net: IDM, operator: BlockCompressedSensing, precision: str) -> None:
     x = torch.rand(len(operator.permutation), 1, *operator.image_shape, device=operator.permutation.device)
-    with torch.autocast(x.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    with computing_in(precision, x.device):
         net(operator.A(x), operator)
 
 

@@ -28,7 +28,7 @@ from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.injector import Injector  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
-from utils.evaluation import PRECISIONS  # noqa: E402
+from utils.devices import PRECISIONS, computing_in  # noqa: E402
 
 SETTINGS = ("none", "checkpoint", "sampling", "unet", "both")
 
@@ -73,7 +73,7 @@ class FollowTensors(TorchDispatchMode):
 
 
 def step(net: IDM, operator: BlockCompressedSensing, x: torch.Tensor, precision: str) -> None:
-    with torch.autocast(x.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    with computing_in(precision, x.device):
         x_hat = net(operator.A(x), operator)
     (x_hat - x).abs().mean().backward()
 

@@ -1,10 +1,12 @@
-"""The device to compute on, and what happens where its memory runs out."""
+"""The device to compute on, in what precision, and what happens where its memory runs out."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from utils.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def open_device(name: str | None = None, local_rank: int | None = None) -> torch.device:
@@ -31,6 +33,11 @@ def open_device(name: str | None = None, local_rank: int | None = None) -> torch
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # which, depends on the build
         raise UserError(f"--device {name} cannot be used on this machine; leave it out, or say cpu") from error
     return device
+
+
+def computing_in(precision: str, device: torch.device | str) -> torch.autocast:
+    """In what follows the network computes in fp32, which is as if nothing were said, or bf16 or fp16 by autocast."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 @contextmanager

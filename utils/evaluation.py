@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.operators import BlockCompressedSensing, LinearOperator
-from utils.devices import memory_suffices
+from utils.devices import PRECISIONS, computing_in, memory_suffices
 from utils.distributed import Process
 from utils.errors import UserError
 from utils.images import pad_to_multiple
@@ -28,7 +28,6 @@ from utils.testsets import Picture
 Network = Callable[[Tensor, LinearOperator], Tensor]  # (y, operator) -> x_hat (batch, 1, H, W)
 Metric = Callable[[np.ndarray, np.ndarray], float]  # (uint8 luminance, float reconstruction in [0, 255]) -> score
 NO_METRICS: Mapping[str, Metric] = MappingProxyType({})
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +222,7 @@ def _raise_failures(process: Process, failure: Exception | None) -> None:
 
 @torch.inference_mode()
 def _reconstruct(net: Network, y: Tensor, operator: LinearOperator, precision: str) -> Tensor:
-    with torch.autocast(y.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    with computing_in(precision, y.device):
         return net(y, operator)
 
 

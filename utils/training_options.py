@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from utils.evaluation import PRECISIONS
+from utils.devices import PRECISIONS
 from utils.flags import Parser, folder, positive, ratios, run_name, whole
 from utils.published import RATIOS
 
