@@ -18,6 +18,7 @@ from model import IDM, BlockCompressedSensing, WeightsError  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
 from utils.files import write_whole  # noqa: E402
+from utils.images import in_8_bits  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
 from utils.testsets import Picture, load_testset  # noqa: E402
 
@@ -74,7 +75,7 @@ def numbers(y: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 def grey(luminance: np.ndarray) -> np.ndarray:
     """BGR of a luminance in [0, 255], without colours."""
-    return cv2.cvtColor(np.rint(luminance).astype(np.uint8), cv2.COLOR_GRAY2BGR)
+    return cv2.cvtColor(in_8_bits(luminance), cv2.COLOR_GRAY2BGR)
 
 
 def colour(picture: Picture, luminance: np.ndarray) -> np.ndarray:
@@ -82,7 +83,7 @@ def colour(picture: Picture, luminance: np.ndarray) -> np.ndarray:
     if picture.ycrcb is None:
         return grey(luminance)
     ycrcb = picture.ycrcb.copy()
-    ycrcb[..., 0] = np.rint(luminance.clip(0, 255))
+    ycrcb[..., 0] = in_8_bits(luminance)
     return cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2BGR)
 
 

@@ -66,13 +66,18 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     return ycrcb[..., 0].copy(), ycrcb
 
 
+def in_8_bits(luminance: np.ndarray) -> np.ndarray:
+    """Luminance in [0, 255] as a file holds it, uint8: rounded and clipped; what is not a number becomes black."""
+    return np.nan_to_num(luminance, nan=0.0).round().clip(0, 255).astype(np.uint8)
+
+
 def write_reconstruction(
     path: str | os.PathLike,  # the PNG file to write, whole or not at all
-    luminance: np.ndarray,  # float (H, W) in [0, 255]: rounded and clipped; what is not a number becomes black
+    luminance: np.ndarray,  # float (H, W) in [0, 255]
     ycrcb: np.ndarray | None = None,  # uint8 (H, W, 3), the original that lends Cr and Cb; None for a grey picture
 ) -> None:
     """Write a reconstruction as an 8-bit PNG; raises UserError where that is not possible."""
-    pixels = np.nan_to_num(luminance, nan=0.0).round().clip(0, 255).astype(np.uint8)
+    pixels = in_8_bits(luminance)
     if ycrcb is not None:
         pixels = cv2.cvtColor(np.dstack([pixels, ycrcb[..., 1:]]), cv2.COLOR_YCrCb2BGR)
     write_whole(path, cv2.imencode(".png", pixels)[1].tobytes())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError, first_line
+from utils.images import in_8_bits
 
 PACKAGES = ("torchmetrics", "torchvision", "torch_fidelity")
 WEIGHTS = {  # where PyTorch's hub keeps downloaded files, and what those who publish them call them
@@ -58,8 +59,7 @@ class Fid:
     @torch.no_grad()
     def add(self, reference: np.ndarray, reconstruction: np.ndarray) -> None:
         """Take in a picture, uint8 (H, W), and its float reconstruction in [0, 255], rounded as it would be written."""
-        written = np.nan_to_num(reconstruction, nan=0.0).round().clip(0, 255)
-        for picture, real in ((reference, True), (written, False)):
+        for picture, real in ((reference, True), (in_8_bits(reconstruction), False)):
             self.metric.update(_three_channels(picture).to(self.device, torch.uint8), real=real)
 
     def value(self) -> float:

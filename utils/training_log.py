@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from utils.files import append_line, explained, write_whole
+from utils.images import in_8_bits
 
 
 class TrainingLog:
@@ -60,9 +61,8 @@ class TrainingLog:
     ) -> None:
         """A row of pictures for TensorBoard."""
         if self.board:
-            row = np.nan_to_num(np.hstack(pictures)).round().clip(0, 255).astype(np.uint8)
             with explained(self.curves):
-                self.board.add_image(name, row, iteration, dataformats="HW")
+                self.board.add_image(name, in_8_bits(np.hstack(pictures)), iteration, dataformats="HW")
 
     def record(self, values: dict[str, Any]) -> None:
         """One line of JSON, which has "iteration" among its values; what is not finite becomes null."""
