@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from utils.comparison import Comparison, find_folder, score_method
 from utils.errors import UserError, first_line, run
-from utils.files import make_folder, write_whole
-from utils.flags import Parser, percent, positive, ratios
+from utils.files import hold, make_folder, write_whole
+from utils.flags import Parser, percent, place, positive, ratios
 from utils.published import published_averages
 from utils.report import write_report
 from utils.tables import (
@@ -37,9 +37,18 @@ def main() -> None:
     folders = method_folders(args)
     pictures = load_testset(args.testset_name, args.data_dir)
     chosen = choose(args, pictures)
-    folder = Path(args.result_dir) / args.testset_name / percent(args.cs_ratio)
+    folder = args.result_dir / args.testset_name / percent(args.cs_ratio)
+    for name, path in folders.items():
+        if path.resolve() == folder.resolve():
+            raise UserError(f"{folder} holds the pictures of {name} and their scores; choose another --result_dir")
     make_folder(folder, "--result_dir")
+    with hold(folder, "--result_dir"):
+        compare(args, folders, pictures, chosen, folder)
 
+
+def compare(args: argparse.Namespace, folders: dict[str, Path], pictures: list[Picture], chosen: list[int],
+            folder: Path) -> None:
+    """Score the methods' folders; print it, and write tables, figures and the report into `folder`."""
     methods = [score_method(name, path, pictures, bar(name)) for name, path in folders.items()]
     published = published_averages(args.testset_name, args.cs_ratio) if args.with_published else []
     comparison = Comparison(args.testset_name, args.cs_ratio, [picture.name for picture in pictures], methods,
@@ -65,7 +74,7 @@ def method_folders(args: argparse.Namespace) -> dict[str, Path]:
     """The folder of each method, by name: those of --methods, then those of --root."""
     found = [(name, find_folder(path, args.testset_name, args.cs_ratio)) for name, path in args.methods]
     if args.root is not None:
-        found += folders_below(Path(args.root), args.testset_name, args.cs_ratio)
+        found += folders_below(args.root, args.testset_name, args.cs_ratio)
     if not found:
         raise UserError("there is nothing to compare: name folders of pictures with --methods NAME=FOLDER, or --root")
     folders = {}
@@ -155,9 +164,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--cs_ratio", type=ratio, default="0.1", help="M / N in (0, 1], what the pictures were reconstructed from")
     add("--methods", type=method, nargs="+", action="extend", default=[], metavar="NAME=FOLDER",
         help="folders of result pictures; of FOLDER/SET/RATIO, as test.py writes, FOLDER is enough")
-    add("--root", help="a folder with one folder for each method, besides or instead of --methods")
-    add("--data_dir", default="data", help="folder of the test sets")
-    add("--result_dir", default="result/compare", help="folder for tables, figures and report, in SET/RATIO")
+    add("--root", type=place, help="a folder with one folder for each method, besides or instead of --methods")
+    add("--data_dir", type=place, default="data", help="folder of the test sets")
+    add("--result_dir", type=place, default="result/compare",
+        help="folder for tables, figures and report, in SET/RATIO")
     add("--with_published", action="store_true", help="add rows for the averages in the IDM paper's table")
     add("--pictures", type=names, default=[], metavar="NAME,NAME", help="draw figures of these pictures")
     add("--region", type=region, metavar="X,Y,W,H",

@@ -8,8 +8,10 @@ import csv
 import io
 import itertools
 import math
+import os
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,8 +23,8 @@ from utils.devices import PRECISIONS, memory_suffices
 from utils.distributed import Process
 from utils.errors import UserError, run
 from utils.evaluation import Result, Scores, evaluate_spread, mean_scores
-from utils.files import make_folder, remove, write_whole
-from utils.flags import Parser, percent, ratios, run_name, whole
+from utils.files import hold, make_folder, remove, write_whole
+from utils.flags import LARGEST_BLOCK, Parser, percent, place, ratios, run_name, whole
 from utils.images import remove_former, write_reconstruction
 from utils.metrics import SSIM_WINDOW
 from utils.perceptual import Fid, Lpips
@@ -57,15 +59,22 @@ def main() -> None:
 def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: float,
          metrics: dict[str, Lpips | Fid], args: argparse.Namespace) -> Scores:
     """Reconstruct one test set at one ratio; write each picture and, at the end, the scores."""
-    folder = Path(args.result_dir) / name / percent(ratio)
+    folder = args.result_dir / name / percent(ratio)
     make_folder(folder, "--result_dir")
-    if process.is_main:
-        remove(folder / "scores.csv")  # of a former run: were this one cut short, they would mislead
+    with hold(folder, "--result_dir") if process.is_main else nullcontext():
+        return reconstruct(process, net, name, pictures, ratio, metrics, folder, args)
+
+
+def reconstruct(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: float,
+                metrics: dict[str, Lpips | Fid], folder: Path, args: argparse.Namespace) -> Scores:
     precision, network = args.precision, SelfEnsemble(net) if args.self_ensemble else net
     if precision == "auto":
         precision, reason = pick_precision(process, network, pictures, ratio, args.block_size, args.seed,
                                            net.size_multiple, args.batch_size)
         process.print(f"precision {reason}")
+    if process.is_main:  # a former run's: were this one cut short, both would be mixed
+        remove(folder / "scores.csv")
+        remove_former(folder, {picture.name for picture in pictures})
     label = name if len(args.cs_ratio) == 1 else f"{name}/{percent(ratio)}"
     lpips, fid = metrics.get("lpips"), metrics.get("fid")
     alone, numbers = process.world_size == 1, itertools.count(1)
@@ -79,7 +88,6 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
                 report(result, next(numbers), len(pictures), label)
             file = f"{result.name}_PSNR_{result.psnr:.2f}_SSIM_{result.ssim:.4f}.png"
             write_reconstruction(folder / file, result.reconstruction, picture.ycrcb)
-            remove_former(folder, result.name, keep=file)
             if fid:
                 fid.add(picture.luminance, result.reconstruction)
 
@@ -110,20 +118,20 @@ def report(result: Result, number: int, count: int, label: str) -> None:
 def find_weights(args: argparse.Namespace, ratio: float) -> Path:
     """What --weights names; else the published file of this ratio, or train.py's folder; else the compact weights."""
     if args.weights is not None:
-        if not Path(args.weights).exists():
+        if not args.weights.exists():
             raise UserError(f"--weights names {args.weights}, which does not exist")
-        return Path(args.weights)
+        return args.weights
     here = Path(__file__).resolve().parent / "weight"
-    model_dirs = [Path(args.model_dir)] if args.model_dir else [Path("weight"), here]
+    model_dirs = [args.model_dir] if args.model_dir else [Path("weight"), here]
     name = run_name([ratio], args.step_number, args.block_size)
     file = f"net_params_{PUBLISHED_EPOCH if args.epoch is None else args.epoch}.pkl"
     for folder in (model_dir / name for model_dir in model_dirs):
         published = folder / file
-        if published.exists():
+        if os.path.lexists(published):  # a link to nothing is not the same as nothing: loading it will say so
             return published
         if others := sorted(path.name for path in folder.glob("net_params_*.pkl")):  # other weights are never taken
             raise UserError(f"{folder} holds {', '.join(others)}, but not {file}; choose an --epoch")
-        if (folder / "pretrained").exists():
+        if os.path.lexists(folder / "pretrained"):
             return folder / "pretrained"
     compact = [model_dir / "compact" for model_dir in model_dirs]
     if found := [path for path in compact if path.exists()]:
@@ -142,7 +150,8 @@ def load_network(path: Path, args: argparse.Namespace, process: Process) -> IDM:
     if args.step_number != steps:
         process.print(f"these weights are for T = {steps}; --step_number {args.step_number} does not apply")
     if args.epoch is not None and path.name != f"net_params_{args.epoch}.pkl":
-        process.print(f"these weights are the only ones there; --epoch {args.epoch} does not apply")
+        why = "--weights names them" if args.weights else "these weights are the only ones there"
+        process.print(f"{why}; --epoch {args.epoch} does not apply")
     with memory_suffices(f"for the network on {device}; choose another --device"):
         net.to(device, memory_format=torch.channels_last)  # what GPUs' convolutions take in half precision
     if args.compile:
@@ -191,13 +200,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--epoch", type=whole(0), help=f"which of the saved epochs to load; {PUBLISHED_EPOCH} if not given")
     add("--step_number", type=whole(1), default=3, help="T, the sampling steps of the weights to load")
     add("--cs_ratio", type=ratios, default="0.1", help="M / N in (0, 1]; several as 0.1/0.3/0.5")
-    add("--block_size", type=whole(1), default=32, help="B: rows of B² pixels are measured by themselves")
-    add("--model_dir", help="folder of the weights; weight, here or beside test.py, if not given")
-    add("--data_dir", default="data", help="folder of the test sets")
+    add("--block_size", type=whole(1, LARGEST_BLOCK), default=32,
+        help="B: rows of B² pixels are measured by themselves")
+    add("--model_dir", type=place, help="folder of the weights; weight, here or beside test.py, if not given")
+    add("--data_dir", type=place, default="data", help="folder of the test sets")
     add("--testset_name", type=names, default="Set11",
         help="a folder of pictures in the data folder, or Samples, which needs none; several as Set11,CBSD68")
-    add("--result_dir", default="result", help="folder for reconstructions and scores")
-    add("--weights", help="a published .pkl or a folder of train.py, instead of looking in the folder of the weights")
+    add("--result_dir", type=place, default="result", help="folder for reconstructions and scores")
+    add("--weights", type=place,
+        help="a published .pkl or a folder of train.py, instead of looking in the folder of the weights")
     add("--device", help="cpu, cuda, cuda:1, ...; the first GPU, where there is one, if not given")
     add("--precision", choices=(*PRECISIONS, "auto"), default="fp32",
         help="what the network computes in; auto: the fastest that costs at most 0.01 dB on the first pictures")

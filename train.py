@@ -27,7 +27,7 @@ from utils.sampling import sampling_matrix
 from utils.speed import compile_blocks
 from utils.training_log import TrainingLog
 from utils.training_options import parse_args, shared_settings
-from utils.training_run import Run, check_agreement, find_state, hold, open_testset
+from utils.training_run import Run, check_agreement, find_state, open_testset
 from utils.training_state import Progress
 
 GIVE_UP_AFTER = 10  # iterations in a row that were skipped; a gradient scaler's start at 65536 is then down to 64
@@ -54,7 +54,7 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
     if process.is_main:
         files.make_folder(folder, "--model_dir")
         files.make_folder(args.log_dir, "--log_dir")
-        lock = hold(folder)
+        lock = files.hold(folder, "--model_dir")
     state, notes = find_state(args, process)
     testset, test_notes = open_testset(args, process)
     crops = TrainingCrops(args.train_dir, args.patch_size, args.seed, cache_dir=args.cache_dir)

@@ -50,6 +50,7 @@ from model.injector import Injector  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
 from utils.devices import PRECISIONS, computing_in  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 from utils.testsets import SAMPLE_SIZE, load_testset  # noqa: E402
 
 LOSS_SCALE = 4096.0  # a power of two: of consequence in fp16 alone, whose smallest numbers are 6e-8
@@ -222,7 +223,7 @@ def halves(args: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=words(PARTS), default=DEFAULT_PARTS, help=f"of {', '.join(PARTS)}")
     parser.add_argument("--width", type=int, default=32, help="of the narrow network's first scale")
     parser.add_argument("--crop", type=int, default=64, help="side of a crop in pixels")

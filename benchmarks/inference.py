@@ -32,7 +32,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import machine, save_results  # noqa: E402
 from benchmarks.memory import FollowTensors  # noqa: E402
 from model import IDM, BlockCompressedSensing, feed_forward  # noqa: E402
+from utils import errors  # noqa: E402
 from utils.devices import computing_in  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 from utils.speed import compile_blocks, half_precisions  # noqa: E402
 
 Size = tuple[int, int]
@@ -111,6 +113,7 @@ def shared_runner(args: argparse.Namespace, setting: Setting) -> Callable[[], tu
     for _ in range(setting.processes):
         mine, theirs = context.Pipe()
         context.Process(target=serve, args=(theirs, args, alone, setting.processes), daemon=True).start()
+        theirs.close()  # so that the death of the process is noticed
         ends.append(mine)
 
     def run() -> tuple[float, int]:
@@ -282,8 +285,7 @@ def report(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64,
                         help="of the first scale; 64 is the compact network's, 320 the published one's")
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], help="height and width, multiples of 32")
@@ -299,4 +301,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import machine, save_results  # noqa: E402
 from utils.datasets import TrainingCrops  # noqa: E402
 from utils.errors import run  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 from utils.images import read_picture  # noqa: E402
 
 BASELINE = "decoding as given"
@@ -45,8 +46,7 @@ class Decoding:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--train_dir", type=Path, default=ROOT / "data" / "pristine_images")
     parser.add_argument("--patch_size", type=int, nargs="+", default=[64, 128, 256], help="sides of a crop in pixels")
     parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 2])

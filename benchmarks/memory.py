@@ -29,6 +29,8 @@ from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.injector import Injector  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
 from utils.devices import PRECISIONS, computing_in  # noqa: E402
+from utils.errors import run  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 
 SETTINGS = ("none", "checkpoint", "sampling", "unet", "both")
 
@@ -158,8 +160,7 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=320, help="of the first scale; the second has twice as much")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4, 6], help="values of T")
     parser.add_argument("--crops", type=int, nargs="+", default=[64, 128, 256], help="sides of crops in pixels")
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,12 +19,13 @@ from model import IDM, WeightsError  # noqa: E402
 from utils.devices import PRECISIONS  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.evaluation import evaluate, mean_scores  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
 from utils.testsets import load_testset  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="weight/compact", help="from the repository's folder, or absolute")
     parser.add_argument("--testset_name", default="Samples")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data")

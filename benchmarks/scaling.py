@@ -6,7 +6,6 @@ Counted: floating-point operations of matrix products, convolutions and attentio
 PyTorch's own formulas, over the very operators that run. Communicated: one all-reduce of the gradients, which in a ring
 of n makes every process send 2 (n - 1) / n times their size.
 """
-import argparse
 import os
 import sys
 import time
@@ -24,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
+from utils.errors import run  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 
 # The CPU's attention, of which the registry does not know.
 FORMULAS = flop_registry | {
@@ -78,8 +79,7 @@ def time_all_reduce(rank: int, elements: int, rounds: int, times) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=320, help="of the first scale; the second has twice as much")
     parser.add_argument("--step_number", type=int, default=3, help="T")
     parser.add_argument("--crops", type=int, nargs="+", default=[64, 128, 256], help="sides of crops in pixels")
@@ -107,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,8 +2,8 @@
 
     python benchmarks/scores.py --data_dir data --processes 2
 """
-import argparse
 import csv
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,38 +11,48 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine, save_results  # noqa: E402
-from utils.flags import percent  # noqa: E402
+from utils.errors import UserError, run  # noqa: E402
+from utils.flags import Parser, percent  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
 from utils.testsets import KNOWN_SETS  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--weights", default="weight/compact", help="from the repository's folder, or absolute")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data")
     parser.add_argument("--processes", type=int, default=1, help="that share the pictures")
     parser.add_argument("--seed", default="2025", help="of test.py")
-    parser.add_argument("--out", type=Path, default=ROOT / "weight" / "compact" / "scores.json")
+    parser.add_argument("--out", type=Path, help="weight/compact/scores.json if not given, which is for the defaults")
     args = parser.parse_args()
+    if args.out is None and any(getattr(args, name) != parser.get_default(name) for name in ("weights", "seed")):
+        raise UserError("--weights and --seed need an --out; weight/compact/scores.json is of neither")
+    out = args.out or ROOT / "weight" / "compact" / "scores.json"
+    threads = max(1, torch.get_num_threads() // args.processes)
     with tempfile.TemporaryDirectory() as results:
         start = time.monotonic()
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                        str(args.processes), "test.py", "--weights", args.weights, "--data_dir",
-                        str(args.data_dir.resolve()), "--testset_name", ",".join(KNOWN_SETS),
-                        "--cs_ratio", "/".join(map(str, RATIOS)),
-                        "--seed", args.seed, "--precision", "fp32", "--result_dir", results], cwd=ROOT, check=True)
+        test = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                               str(args.processes), "test.py", "--weights", args.weights, "--data_dir",
+                               str(args.data_dir.resolve()), "--testset_name", ",".join(KNOWN_SETS), "--cs_ratio",
+                               "/".join(map(str, RATIOS)), "--seed", args.seed, "--precision", "fp32",
+                               "--result_dir", results],
+                              cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        if test.returncode:
+            sys.exit(test.returncode)
         minutes = (time.monotonic() - start) / 60
         scores = {name: {str(ratio): averages(Path(results, name, percent(ratio), "scores.csv"))
                          for ratio in RATIOS} for name in KNOWN_SETS}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result = {"weights": args.weights, "seed": int(args.seed), "commit": commit.stdout.strip(), "machine": machine(),
-              "processes": args.processes, "minutes": round(minutes, 1), "scores": scores}
-    save_results(args.out, result)
+    result = {"weights": args.weights, "seed": int(args.seed), "commit": commit.stdout.strip(),
+              "machine": {**machine(), "threads": threads}, "processes": args.processes,
+              "minutes": round(minutes, 1), "scores": scores}
+    save_results(out, result)
     print(f"\n| | pictures | {' | '.join(f'{percent(ratio)} %' for ratio in RATIOS)} |\n|{' --- |' * 5}")
     for name, row in scores.items():
         cells = " | ".join(f"{cell['psnr']:.2f} / {cell['ssim']:.4f}" for cell in row.values())
@@ -58,4 +68,4 @@ def averages(path: Path) -> dict[str, float | int]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,7 +2,6 @@
 
     python benchmarks/teaser.py --out figs/teaser.png
 """
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import IDM, BlockCompressedSensing, WeightsError  # noqa: E402
-from utils.errors import run  # noqa: E402
+from utils.errors import UserError, listed, run  # noqa: E402
 from utils.evaluation import evaluate  # noqa: E402
 from utils.files import write_whole  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 from utils.images import in_8_bits  # noqa: E402
 from utils.published import RATIOS  # noqa: E402
 from utils.testsets import Picture, load_testset  # noqa: E402
@@ -27,8 +27,7 @@ CAPTION = 26  # pixels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--pictures", default="chelsea,coffee", help="of the Samples")
     parser.add_argument("--weights", default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=ROOT / "figs" / "teaser.png")
@@ -40,6 +39,8 @@ def main() -> None:
 def draw(path: Path, names: Sequence[str] = ("chelsea", "coffee"), weights: Path = WEIGHTS) -> None:
     net = IDM.from_checkpoint(weights)
     samples = {picture.name: picture for picture in load_testset("Samples")}
+    if unknown := [name for name in names if name not in samples]:
+        raise UserError(f"the Samples have no picture {listed(unknown)}; they have {listed(samples, len(samples))}")
     _, png = cv2.imencode(".png", np.concatenate([row(net, samples[name]) for name in names], axis=0))
     write_whole(path, png.tobytes())
 

@@ -26,13 +26,14 @@ from benchmarks.machine import machine, save_results  # noqa: E402
 from benchmarks.published_step import published  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.idm import INVERTIBLE  # noqa: E402
+from utils.errors import run  # noqa: E402
+from utils.flags import Parser  # noqa: E402
 
 Seconds = tuple[float, float]  # on the clock, and of the CPU
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=320, help="of the first scale; the second has twice as much")
     parser.add_argument("--compact", action="store_true", help="IDM.compact(), whatever --width says")
     parser.add_argument("--crop", type=int, default=64, help="side of a crop in pixels")
@@ -137,4 +138,4 @@ def report(args: argparse.Namespace, where: dict, seconds: dict[str, list[Second
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -123,7 +123,7 @@ def read_official(path: Path) -> State:
 def build_official(cls: type["IDM"], path: Path) -> "IDM":
     """The network that a published checkpoint holds; what its shapes do not tell is as published."""
     state = read_official(path)
-    net = _blank(cls, official_config(state, path))
+    net = _without_values(cls, official_config(state, path)).to_empty(device="cpu")
     load_official(net, state, path)
     return net.eval()
 
@@ -169,11 +169,13 @@ def read_pretrained(cls: type["IDM"], folder: Path) -> "IDM":
     config = read_config(folder, cls.__name__)
     state = read_tensors(weight_file(folder))
     try:
-        net = _blank(cls, config)
+        net = _without_values(cls, config)
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{folder}/config.json describes no {cls.__name__}: {first_line(error)}") from error
-    names = list(net.named_parameters())
-    _load(names, state, folder, _misfits(names, state))
+    problems = _misfits(list(net.named_parameters()), state)
+    if not problems:
+        net.to_empty(device="cpu")
+    _load(list(net.named_parameters()), state, folder, problems)
     return net.eval()
 
 
@@ -239,11 +241,10 @@ def shuffle(state: State, source: str | Path, prefix: str = "") -> int:
 
 # --- common --------------------------------------------------------------------------------------------------------
 
-def _blank(cls: type["IDM"], config: dict[str, Any]) -> "IDM":
-    """A network whose parameters have no values yet: no time is spent on some that will be replaced."""
+def _without_values(cls: type["IDM"], config: dict[str, Any]) -> "IDM":
+    """A network whose parameters have no values, nor memory, yet: no time is spent on some that will be replaced."""
     with torch.device("meta"):
-        net = cls.from_config(config)
-    return net.to_empty(device="cpu")
+        return cls.from_config(config)
 
 
 def _entry(state: State, key: str, dimensions: int, source: str | Path) -> Tensor:
@@ -258,8 +259,8 @@ def _entry(state: State, key: str, dimensions: int, source: str | Path) -> Tenso
 def _misfits(names: list[tuple[str, nn.Parameter]], state: State) -> list[str]:
     """Why `state` cannot be copied into the parameters, key by key."""
     misfits = []  # first in the list, since the others may follow from them
-    for name, parameter in names:
-        tensor = state.get(name, parameter)
+    for name, parameter in ((name, parameter) for name, parameter in names if name in state):
+        tensor = state[name]
         if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
             misfits.append(f"{name} is {_describe(tensor)}, not {tuple(parameter.shape)}")
         elif not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:

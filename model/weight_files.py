@@ -47,7 +47,9 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no model of diffusers: there is no config.json in it") from error
+        published = sorted(path.name for path in folder.glob("net_params_*.pkl"))
+        instead = f", but {', '.join(published)}; name that file" if published else ""
+        raise WeightsError(f"{folder} holds no model of diffusers: there is no config.json in it{instead}") from error
     except (OSError, ValueError) as error:
         raise WeightsError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
     found = config.get("_class_name") if isinstance(config, dict) else None

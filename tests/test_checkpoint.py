@@ -326,6 +326,8 @@ def test_our_folder_with_other_tensors_is_refused(own, change, names, quiet):
     ({"_class_name": "IDM", "block_out_channels": 5}, ["config.json"]),
     ({"_class_name": "IDM", "block_out_channels": [32, 64], "num_steps": 3},
      ["schedule.alpha is (2,), not (3,)", "missing key"]),
+    ({"_class_name": "IDM", "block_out_channels": [320000, 640000]},  # for which there is no memory
+     ["unet.conv_in.bias is (32,), not (320000,)"]),
 ])
 def test_our_folder_with_another_config_is_refused(own, config, names):
     (own / "config.json").unlink()

@@ -84,7 +84,7 @@ def test_made_up_methods_in_a_process_of_their_own(place, tmp_path):
 
     out = tmp_path / "ö ut" / "Set11" / "10"
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
-        "averages.csv", "averages.tex", "figures/house.pdf", "figures/house.png", "figures/img_10.pdf",
+        ".lock", "averages.csv", "averages.tex", "figures/house.pdf", "figures/house.png", "figures/img_10.pdf",
         "figures/img_10.png", "pictures.tex", "report.html", "scores.csv", "table.md"]
     rows = {(row["method"], row["picture"]): row for row in read(out / "scores.csv")}
     for name in ("house", "lighthouse", "img_1", "img_10"):
@@ -188,6 +188,20 @@ def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, messag
     assert message in error
 
 
+def test_a_methods_own_folder_is_never_written_into(place, tmp_path, monkeypatch, capsys):
+    """There, test.py's scores.csv would be lost."""
+    folder = tmp_path / "result" / "Set11" / "10"
+    shutil.copytree(place / "methods" / "five off", folder)
+    (folder / "scores.csv").write_text("name,psnr,ssim,seconds\n")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, place, "--methods", f"a={tmp_path / 'result'}", "--result_dir", str(tmp_path / "result"))
+    assert ended.value.code == 2
+    assert f"error: {folder} holds the pictures of a and their scores; choose another --result_dir\n" == \
+        capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_full_disk_ends_with_one_sentence_and_leaves_no_part(place, tmp_path):
     """The limit on a file's size stands in for a full disk: tables fit, the report does not."""
     code = """if True:
@@ -205,5 +219,5 @@ def test_a_full_disk_ends_with_one_sentence_and_leaves_no_part(place, tmp_path):
     assert result.stderr.startswith("error: cannot write ")
     assert result.stderr.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "Set11" / "10").iterdir()) == [
-        "averages.csv", "averages.tex", "pictures.tex", "scores.csv", "table.md"]
+        ".lock", "averages.csv", "averages.tex", "pictures.tex", "scores.csv", "table.md"]
     assert result.stdout.endswith("False\n")  # no figure was asked for

@@ -161,7 +161,7 @@ def test_scores_csv_is_met_exactly_where_nothing_is_rounded(tmp_path, testset):
     method = score_method("own", folder, testset)
     assert len(method.recorded) == 4
     for name, recorded in method.recorded.items():
-        assert method.scores[name][1:] == pytest.approx(recorded, abs=1e-9)
+        assert method.scores[name][1:3] == pytest.approx(recorded, abs=1e-9)
 
 
 def test_rounding_costs_what_it_is_said_to(tmp_path):
@@ -174,6 +174,14 @@ def test_rounding_costs_what_it_is_said_to(tmp_path):
     assert before - after == pytest.approx(rounding_effect(before), rel=0.05)
     assert rounding_effect(30) == pytest.approx(0.0056, abs=5e-5)
     assert rounding_effect(40) == pytest.approx(0.0553, abs=5e-5)
+    assert rounding_effect(3278) == math.inf
+
+
+def test_what_no_picture_can_score_is_but_a_wrong_claim(tmp_path, testset):
+    name = testset[1].name
+    write(tmp_path / "m" / f"{name}_PSNR_3278.png", testset[1].luminance + np.uint8(1))
+    (remark,) = [remark for remark in score_method("m", tmp_path / "m", testset).remarks if remark.kind == "claim"]
+    assert remark.text.startswith(f"{name} claims 3278.00 dB, scores ")
 
 
 @pytest.mark.parametrize("content", ["", "name,psnr\na,b\n", "method,psnr,ssim\nx,1,2\n", "name,psnr,ssim\nimg_1,x,1\n",

@@ -34,6 +34,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list] = {}
         self.requests: list[tuple[str, str | None]] = []  # path and Range header
+        self.absent = 404  # what is said of files that are not there
         self.ranges, self.tag, self.lengths, self.delay = True, True, True, 0.0
         outer = self
 
@@ -56,7 +57,7 @@ class Server:
             request.send_error(fault)
             return
         if path not in self.files:
-            request.send_error(404)
+            request.send_error(self.absent)
             return
         content = self.files[path]
         tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
@@ -361,13 +362,14 @@ def test_a_full_disk_is_one_sentence_and_room_helps(tmp_path, monkeypatch, home)
 # --- mirrors -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layout", ["files", "SET.zip", "home's archive", "one archive"])
-@pytest.mark.parametrize("web", [True, False])
+@pytest.mark.parametrize("web", [404, 403, None], ids=["web", "storage service", "folder"])
 def test_mirrors(tmp_path, monkeypatch, server, layout, web):
     files = {"files": {f"m/DIV2K/{file}": content for file, content in CUT.items()},
              "SET.zip": {"m/DIV2K.zip": zipped({f"any/{i}.png": content for i, content in enumerate(CUT.values())})},
              "home's archive": {"m/DIV2K_valid_HR.zip": zipped({f"{name}.png": encoded(pixels, "PNG")
                                                                 for name, pixels in ORIGINALS.items()})},
              "one archive": {"m/my pictures.tar.gz": tarred(CUT)}}[layout]
+    server.absent = web
     server.files = {"/" + name.replace(" ", "%20"): content for name, content in files.items()}
     put(tmp_path, files)
     place = server.url + "/m" if web else "m"
@@ -395,6 +397,8 @@ def tarred(files: dict[str, bytes], links: dict[str, str] | None = None) -> byte
 @pytest.mark.parametrize("flags, message", [
     (["Set11", "--from", "nowhere"], "nowhere is no archive, and no folder in which there is Set11 or Set11.zip"),
     (["Set11", "--from", "ftp://host"], "--from takes a folder"),
+    (["Set11", "--from", ""], "--from must not be empty"),
+    (["Set11", "--data_dir", ""], "argument --data_dir: must not be empty"),
     (["Set11", "--from", "http://a host"], "is not an address"),
     (["Set12"], "Set12 is not known here; choose from Set11"),
     (["Set11", "--form", "x"], "--help lists the flags"),

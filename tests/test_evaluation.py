@@ -9,7 +9,7 @@ import torch.multiprocessing as multiprocessing
 from model import IDM
 from model.operators import random_sampling_matrix
 from tests.test_distributed import free_port
-from utils import distributed
+from utils import distributed, evaluation
 from utils.errors import UserError
 from utils.evaluation import Result, batch_operator, evaluate, evaluate_spread, mean_scores
 from utils.images import write_reconstruction
@@ -47,6 +47,28 @@ def test_the_back_projection_scores_as_numpy_says():
     assert np.abs(result.reconstruction - expected).max() < 1e-3
     error = np.mean((expected - original.luminance) ** 2)
     assert result.psnr == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
+
+
+def test_seconds_are_of_one_reconstruction_without_compiling(monkeypatch):
+    """Three pictures of one size in batches of two, and one of another, on a clock that a call moves by six seconds."""
+    now, sizes = [0.0], []
+
+    class Net(torch.nn.Module):
+        def forward(self, y, operator):
+            now[0] += 6
+            sizes.append((len(y), *operator.image_shape))
+            return operator.A_adjoint(y)
+
+    monkeypatch.setattr(evaluation, "_clock", lambda device: now[0])
+    pictures = [picture(name) for name in "abc"] + [picture("d", 8, 8)]
+    assert [result.seconds for result in evaluate(Net(), pictures, 0.5, 8, batch_size=2)] == [3, 3, 6, 6]
+    assert sizes == [(2, 24, 32), (1, 24, 32), (1, 8, 8)]
+    net = Net()
+    net.compile(backend="eager")
+    sizes.clear()
+    results = evaluate(net, [*pictures[:2], *pictures], 0.5, 8, batch_size=2)
+    assert [result.seconds for result in results] == [3, 3, 3, 3, 6, 6]
+    assert sizes == [(2, 24, 32)] * 3 + [(1, 24, 32)] * 2 + [(1, 8, 8)] * 2
 
 
 def test_scores_are_of_the_clamped_reconstruction_in_float():

@@ -2,11 +2,13 @@
 import importlib
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from utils import perceptual
 from utils.errors import UserError
 from utils.perceptual import LPIPS_LEAST_SIDE, PACKAGES, WEIGHTS, Fid, Lpips
 
@@ -39,6 +41,35 @@ def test_missing_packages_say_what_to_install(hub, monkeypatch, name, metric, pa
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(UserError, match="pip install torchmetrics torchvision torch-fidelity"):
         metric(CPU)
+
+
+def test_fid_takes_in_both_pictures_the_second_as_it_would_be_written(hub, monkeypatch):
+    seen = []
+
+    class Distance:
+        def __init__(self, feature_extractor_weights_path):
+            assert feature_extractor_weights_path == str(hub / WEIGHTS["fid"].split("/")[-1])
+
+        def to(self, device):
+            return self
+
+        def update(self, pictures, real):
+            seen.append((pictures, real))
+
+        def compute(self):
+            return torch.tensor(12.5)
+
+        def reset(self):
+            seen.clear()
+
+    (hub / WEIGHTS["fid"].split("/")[-1]).touch()
+    monkeypatch.setattr(perceptual, "_package", lambda name: SimpleNamespace(FrechetInceptionDistance=Distance))
+    fid = Fid(CPU)
+    fid.add(np.array([[0, 7], [255, 9]], np.uint8), np.array([[-3.0, 7.6], [300.0, np.nan]], np.float32))
+    (truth, real), (found, made) = seen
+    assert real and not made and truth.dtype == found.dtype == torch.uint8
+    assert truth[0].tolist() == [[[0, 7], [255, 9]]] * 3 and found[0].tolist() == [[[0, 8], [255, 0]]] * 3
+    assert fid.value() == 12.5 and not seen
 
 
 def test_lpips_of_equal_pictures_is_zero(hub):

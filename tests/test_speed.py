@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from model import IDM, BlockCompressedSensing
+from model.unet import Attention, Resnet
 from utils import speed
 from utils.distributed import Process
 from utils.errors import UserError
@@ -67,6 +69,26 @@ def test_without_instructions_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(speed, "half_precisions", lambda device: [])
     best, reason = speed.pick_precision(CPU, None, GREY, 0.5, 8, 0, 4, None)
     assert (best, reason) == ("fp32", "fp32, since cpu has no instructions for less")
+
+
+def test_every_resnet_and_attention_is_compiled(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(speed, "BACKEND", backend)
+    net = IDM(block_out_channels=(32, 64), num_steps=1).eval()
+    y, operator = torch.zeros(1, 16, 8), BlockCompressedSensing.random((16, 16), 0.5, 4, torch.Generator())
+    with torch.inference_mode():
+        expected = net(y, operator)
+        speed.compile_blocks(net, torch.device("cpu"))
+        assert len(graphs) == 1  # of the trial
+        assert (net(y, operator) - expected).abs().max() < 1e-5
+    blocks = [module for module in net.modules() if isinstance(module, Resnet | Attention)]
+    assert len(blocks) > 10 and all(block._compiled_call_impl for block in blocks)
+    assert len(graphs) > 2
 
 
 def test_a_compiler_that_is_not_there_is_said_in_a_sentence(monkeypatch):

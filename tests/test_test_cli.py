@@ -17,7 +17,7 @@ from skimage.metrics import structural_similarity
 
 from model import IDM, SelfEnsemble
 from tests.test_distributed import free_port
-from utils import speed
+from utils import files, speed
 from utils.distributed import Process
 from utils.errors import UserError, run
 from utils.evaluation import evaluate
@@ -243,6 +243,60 @@ def test_several_sets_and_ratios_end_with_a_table(place, tmp_path, monkeypatch, 
     assert np.abs(written - original)[inside][:, 1:].max() <= 1
 
 
+def test_a_run_cut_short_is_not_mixed_with_a_former_one(place, tmp_path, monkeypatch):
+    flags = ("--testset_name", "set", "--block_size", "8", "--result_dir", str(tmp_path))
+    call(monkeypatch, place, *flags)
+    folder = tmp_path / "set" / "10"
+    assert len(list(folder.glob("*.png"))) == 3
+    write, written = script.write_reconstruction, []
+
+    def write_one(path, *picture):
+        if written:
+            raise KeyboardInterrupt
+        write(path, *picture)
+        written.append(path)
+
+    monkeypatch.setattr(script, "write_reconstruction", write_one)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, place, *flags, "--seed", "7")
+    assert list(folder.glob("*.png")) == written and not (folder / "scores.csv").exists()
+
+
+def test_a_folder_that_another_process_writes_into_is_left_alone(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    flags = ("--testset_name", "set", "--block_size", "8", "--result_dir", str(tmp_path))
+    folder = tmp_path / "set" / "10"
+    folder.mkdir(parents=True)
+    (folder / "grey_PSNR_1.00_SSIM_0.1000.png").write_bytes(b"of the other process")
+    code = "import sys, pathlib; from utils.files import hold; lock = hold(pathlib.Path(sys.argv[1]), ''); " \
+           "print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit) as ended:
+            call(monkeypatch, place, *flags)
+        assert ended.value.code == 2
+        assert f"another process is writing into {folder}; choose another --result_dir" in capsys.readouterr().err
+        assert [path.read_bytes() for path in folder.glob("*.png")] == [b"of the other process"]
+    finally:
+        other.kill()
+        other.wait()
+    call(monkeypatch, place, *flags)
+    assert len(read_scores(folder)) == len(list(folder.glob("*.png"))) == 3
+
+
+def test_links_to_weights_that_are_not_there_are_not_passed_over(place, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "weight" / "R_0.10_T_3_B_32"
+    folder.mkdir(parents=True)
+    for name in ("pretrained", "net_params_50.pkl"):
+        (folder / name).symlink_to(tmp_path / "unmounted")
+        with pytest.raises(SystemExit) as ended:
+            call(monkeypatch, place, "--testset_name", "set", "--model_dir", str(tmp_path / "weight"))
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == f"error: there is no weight file {folder / name}\n"
+
+
 def test_published_weights_come_first_and_reconstruct_the_same(place, tmp_path, monkeypatch, capsys):
     flags = ("--testset_name", "other", "--step_number", "1", "--block_size", "8")
     call(monkeypatch, place, *flags, "--result_dir", str(tmp_path / "a"), "--model_dir", "published")
@@ -281,6 +335,9 @@ def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
     (["--cs_ratio", "ten"], "not ten"),
     (["--cs_ratio", "0.1//0.3"], "not 0.1//0.3"),
     (["--block_size", "0"], "at least 1, not 0"),
+    (["--block_size", "1000000000000"], "at most 1024, not 1000000000000"),
+    (["--result_dir", ""], "--result_dir: must not be empty; the current folder is ."),
+    (["--testset_name", 300 * "x"], "(File name too long)"),
     (["--step_number", "-1"], "at least 1, not -1"),
     (["--epoch", "last"], "not last"),
     (["--precision", "fp8"], "fp8"),

@@ -32,6 +32,27 @@ def test_names_stay_apart_where_only_the_suffix_differs(tmp_path):
     assert [picture.file for picture in pictures] == ["a.png", "a.tif", "b.png", "c.1.png"]
 
 
+def test_no_two_pictures_have_one_name(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("a.png", "a.png.png", "b.tif", "b.tif.png"):
+        grey(0).save(tmp_path / "set" / name)
+    assert [picture.name for picture in load_testset("set", tmp_path)] == ["a", "a.png.png", "b", "b.tif.png"]
+
+
+def test_a_link_to_a_picture_that_is_not_there_is_not_passed_over(tmp_path):
+    (tmp_path / "set").mkdir()
+    grey(0).save(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "b.png").symlink_to(tmp_path / "unmounted" / "b.png")
+    with pytest.raises(UserError, match="b.png: No such file"):
+        load_testset("set", tmp_path)
+
+
+def test_a_folder_named_samples_is_not_passed_over(tmp_path):
+    (tmp_path / "Samples").mkdir()
+    with pytest.raises(UserError, match=r"Samples are photographs that need no files; rename .*Samples"):
+        load_testset("Samples", tmp_path)
+
+
 def test_the_samples_need_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the samples went to the network"))
     pictures = load_testset("Samples", tmp_path / "nowhere")

@@ -17,7 +17,7 @@ import torch
 import train
 from model import IDM
 from model.operators import random_sampling_matrix
-from utils import training_report, training_run, training_state
+from utils import files, training_report, training_state
 from utils.distributed import Process
 from utils.errors import UserError, run
 from utils.training_run import check_agreement
@@ -459,9 +459,9 @@ def test_half_precision_is_one_that_all_gpus_have(monkeypatch, have, expected):
 
 
 def test_a_folder_that_another_process_trains_in_is_left_alone(call, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(training_run, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
     folder = tmp_path / "weight" / NAME
-    code = ("import sys, pathlib; from utils.training_run import hold; lock = hold(pathlib.Path(sys.argv[1])); "
+    code = ("import sys, pathlib; from utils.files import hold; lock = hold(pathlib.Path(sys.argv[1]), ''); "
             "print('held', flush=True); sys.stdin.read()")
     folder.mkdir(parents=True)
     other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
@@ -471,7 +471,7 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(call, monkeypatch
         with pytest.raises(SystemExit) as ended:
             call()
         assert ended.value.code == 2
-        assert f"another process is training in {folder}; choose another --model_dir" in capsys.readouterr().err
+        assert f"another process is writing into {folder}; choose another --model_dir" in capsys.readouterr().err
         assert not training_state.list_states(folder)
     finally:
         other.kill()

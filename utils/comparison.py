@@ -34,6 +34,7 @@ class Score(NamedTuple):
     file: Path
     psnr: float  # dB; inf where equal to the ground truth
     ssim: float  # nan for pictures smaller than SSIM's window
+    colour: bool = False  # whether the file holds colours
 
 
 class Recorded(NamedTuple):
@@ -163,12 +164,13 @@ def gap(a: float, b: float) -> float:
 
 def rounding_effect(psnr: float) -> float:
     """By how many dB rounding to whole levels is expected to lower a PSNR: the error's variance grows by 1/12."""
-    return 10 * np.log10(1 + 10 ** (psnr / 10) / (12 * 255**2))
+    with np.errstate(over="ignore"):  # a file's name may claim anything
+        return float(10 * np.log10(1 + np.float64(10) ** (psnr / 10) / (12 * 255**2)))
 
 
 def _score(method: Method, picture: Picture, path: Path) -> None:
     try:
-        luminance, _ = read_picture(path)
+        luminance, ycrcb = read_picture(path)
     except UserError as error:
         method.remarks.append(Remark("unreadable", str(error), picture.name, path.name))
         return
@@ -177,7 +179,7 @@ def _score(method: Method, picture: Picture, path: Path) -> None:
         method.remarks.append(Remark("wrong size", f"{path.name} is {' instead of '.join(sizes)} (height x width)",
                                      picture.name, path.name))
         return
-    score = Score(path, psnr(picture.luminance, luminance), ssim(picture.luminance, luminance))
+    score = Score(path, psnr(picture.luminance, luminance), ssim(picture.luminance, luminance), ycrcb is not None)
     method.scores[picture.name] = score
     for claimed, scored, tolerance, shown in ((claimed_psnr(path.name), score.psnr, PSNR_TOLERANCE, "{:.2f} dB"),
                                               (claimed_ssim(path.name), score.ssim, SSIM_TOLERANCE, "SSIM {:.4f}")):

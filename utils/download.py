@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError, listed, run
 from utils.files import make_folder, write_whole
-from utils.flags import Parser, run_name
+from utils.flags import Parser, place, run_name
 from utils.published import RATIOS
 from utils.sources import HOMES, offers
 from utils.testsets import KNOWN_SETS
@@ -47,11 +47,11 @@ def main() -> None:
     for name in args.names or NAMES:
         if name in HOMES and not args.check:
             try:
-                get(name, args.source, Path(args.data_dir))
+                get(name, args.source, args.data_dir)
             except UserError as error:
                 print(f"error: {name}: {error}", file=sys.stderr)
                 failed = True
-                if not Path(args.data_dir, name).exists():
+                if not (args.data_dir / name).exists():
                     continue
         wrong |= not check(name, args)
     if failed or wrong:
@@ -101,7 +101,7 @@ def get(
 
 def check(name: str, args: argparse.Namespace) -> bool:
     """Print how it stands with a set or the weights; True where it is right, or neither there nor asked for by name."""
-    data_dir, model_dir = Path(args.data_dir), Path(args.model_dir)
+    data_dir, model_dir = args.data_dir, args.model_dir
     if name == "weights":
         rights = [check_weights(model_dir / file) for file in WEIGHTS if os.path.lexists(model_dir / file)]
         return all(rights) if rights else _absent(name, args)
@@ -169,13 +169,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--from", dest="source", metavar="FOLDER_OR_URL", help="a mirror to take the test sets from")
     parser.add_argument("--check", action="store_true",
                         help="fetch nothing; check the files of the sets named, or of all that are there")
-    parser.add_argument("--data_dir", default="data", help="where the sets' folders are (default: %(default)s)")
-    parser.add_argument("--model_dir", default="weight", help="where the weights' folders are (default: %(default)s)")
+    parser.add_argument("--data_dir", type=place, default="data",
+                        help="where the sets' folders are (default: %(default)s)")
+    parser.add_argument("--model_dir", type=place, default="weight",
+                        help="where the weights' folders are (default: %(default)s)")
     args = parser.parse_args()
     for name in args.names:
         if name not in NAMES:
             raise UserError(f"{name} is not known here; choose from {', '.join(NAMES)}")
     args.names = list(dict.fromkeys(args.names))
+    if args.source == "":
+        raise UserError("--from must not be empty; the current folder is .")
     if args.source and "://" in args.source and not args.source.startswith(("http://", "https://")):
         raise UserError(f"--from takes a folder, an archive, or an http(s) address, not {args.source}")
     return args

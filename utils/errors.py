@@ -1,4 +1,5 @@
 """A user's mistake: one sentence on stderr, exit status 2, no traceback."""
+import io
 import os
 import sys
 import time
@@ -26,16 +27,24 @@ def listed(names: Iterable[str], most: int = 5) -> str:
 
 
 def run(main: Callable[[], None], *also: type[Exception]) -> None:
-    """Call `main`; turn a UserError, a PermissionError or one of `also` into its message and exit status 2.
+    """Call `main`; turn a UserError, the operating system's or one of `also` into its message and exit status 2.
+
+    What a terminal cannot show is shown escaped. Where nobody reads the output any more, as after `| head`, it ends.
 
     Of several processes, rank 0 speaks at once. Another rank waits a little and then says which it is: where the
     mistake is common to all, `torch.distributed.run` ends that rank before it repeats what rank 0 has said.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (UserError, PermissionError, *also) as error:
-        if isinstance(error, PermissionError):
-            error = f"cannot open {error.filename} ({first_line(error)})"
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        sys.exit(1)
+    except (UserError, OSError, *also) as error:
+        if isinstance(error, OSError):
+            error = f"cannot use {error.filename} ({first_line(error)})" if error.filename else first_line(error)
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(HEAD_START)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.operators import BlockCompressedSensing, LinearOperator
 from utils.devices import PRECISIONS, computing_in, memory_suffices
@@ -170,8 +170,8 @@ def _evaluate(net: Network, jobs: list[list[Picture]], cs_ratio: float, block_si
               device: torch.device, precision: str, multiple: int, metrics: Mapping[str, Metric]) -> Iterator[Result]:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision}")
-    phi = sampling_matrix(cs_ratio, block_size, seed)
-    warm = device.type != "cuda"
+    phi, compiled = sampling_matrix(cs_ratio, block_size, seed), _is_compiled(net)
+    tried = set()
     for batch in jobs:
         with memory_suffices(_purpose(batch, device)):
             x = torch.stack([pad_to_multiple(torch.from_numpy(picture.luminance)[None].float() / 255, multiple)
@@ -179,9 +179,11 @@ def _evaluate(net: Network, jobs: list[list[Picture]], cs_ratio: float, block_si
             operator = batch_operator([picture.file or picture.name for picture in batch], x.shape[-2:], phi, seed)
             operator.to(device)
             y = operator.A(x)
-            if not warm:  # the first run on a GPU also loads and chooses kernels
+            # The first time on a GPU also loads and chooses kernels; the first time of each size also compiles.
+            first = x.shape if compiled else ()
+            if (compiled or device.type == "cuda") and first not in tried:
                 _reconstruct(net, y, operator, precision)
-                warm = True
+                tried.add(first)
             start = _clock(device)
             x_hat = _reconstruct(net, y, operator, precision)
             seconds = (_clock(device) - start) / len(batch)
@@ -193,6 +195,11 @@ def _evaluate(net: Network, jobs: list[list[Picture]], cs_ratio: float, block_si
             found = found[:truth.shape[0], :truth.shape[1]]
             yield Result(picture.name, psnr(truth, found), ssim(truth, found), seconds, found,
                          {name: metric(truth, found) for name, metric in metrics.items()})
+
+
+def _is_compiled(net: Network) -> bool:
+    """Whether torch.compile has taken a part of it."""
+    return isinstance(net, nn.Module) and any(module._compiled_call_impl for module in net.modules())
 
 
 def _purpose(batch: list[Picture], device: torch.device) -> str:

@@ -120,7 +120,7 @@ def _open(request: Request, partial: Path) -> http.client.HTTPResponse:
         return urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
-        if error.code in (404, 410):
+        if error.code in (403, 404, 410):  # 403: what storage services say of files that they do not list
             raise NotThere(f"{request.full_url} is not there (HTTP {error.code})") from error
         if error.code == 416:  # what is kept reaches beyond the file's end
             _forget(partial)

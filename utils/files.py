@@ -3,13 +3,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from utils.errors import UserError, first_line
+
+PATIENCE = 15  # seconds in which the workers of a process that was killed end as well
 
 
 def make_folder(
@@ -26,11 +29,29 @@ def make_folder(
         raise UserError(f"cannot write into {folder} ({reason}); choose another {flag}") from error
 
 
+def hold(
+    folder: Path,
+    flag: str,  # the flag that chose it, for the message
+) -> AbstractContextManager:
+    """Keep other processes out of a folder until the context ends, or what is returned is gone, or this process ends.
+
+    Raises:
+        UserError: where another process holds it.
+    """
+    lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
+    try:
+        return lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(f"another process is writing into {folder}; choose another {flag}") from None
+    except (OSError, NotImplementedError):  # some network file systems have no locks
+        return nullcontext()
+
+
 def write_whole(
     path: str | os.PathLike,
     content: bytes | Callable[[BinaryIO], Any],  # or what writes it into an open file
 ) -> None:
-    """Write a file such that a reader finds the old one or the new one and never a part.
+    """Write a file such that a reader finds the old one or the new one and never a part; one process at a time may.
 
     Raises:
         UserError: where it cannot be written; the file at `path` is then what it was.

@@ -25,11 +25,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """The type of a flag whose values are whole numbers from `least` on."""
+LARGEST_BLOCK = 1024  # pixels; its matrix has 10^12 numbers, more than fit anywhere
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of a flag whose values are whole numbers from `least` on, up to `most`."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
+        if most is not None and int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
         return int(text)
     return parse
 
@@ -45,10 +50,10 @@ def positive(text: str) -> float:
     return value
 
 
-def folder(text: str) -> Path:
-    """The type of a flag that names a folder."""
+def place(text: str) -> Path:
+    """The type of a flag that names a folder, or a file: an unset variable of the shell's is neither."""
     if not text:
-        raise argparse.ArgumentTypeError("must name a folder; the current one is .")
+        raise argparse.ArgumentTypeError("must not be empty; the current folder is .")
     return Path(text)
 
 

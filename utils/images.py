@@ -1,6 +1,7 @@
 """Pictures in and out: reading into luminance and colour, writing reconstructions, padding (paper, section 4.1)."""
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from utils.files import write_whole
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # Of a file that starts so, what a whole one also holds: some decoders fill in what a truncated file lacks.
 _ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
+_TIFF = (b"II*\0", b"MM\0*")
 
 # OpenCV's own complaints would stand beside the one sentence that the user gets.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -27,11 +29,13 @@ def is_picture_name(name: str) -> bool:
 def list_pictures(folder: str | os.PathLike) -> list[Path]:
     """The picture files in `folder`, told by suffix and sorted by name; hidden files and all else are ignored.
 
+    A link to a file that is not there is listed as well, that it be missed by whoever reads it.
+
     Raises UserError where the folder cannot be listed, or a picture's name is not valid UTF-8.
     """
     try:
         paths = sorted(path for path in Path(folder).iterdir()
-                       if is_picture_name(path.name) and path.is_file())
+                       if is_picture_name(path.name) and (path.is_file() or not path.exists()))  # a link to nothing
     except OSError as error:
         raise UserError(f"cannot list {folder}: {first_line(error)}") from error
     for path in paths:
@@ -47,7 +51,7 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     """Read a picture of any kind OpenCV knows, with 8 or 16 bits a sample; alpha is dropped, 16 bits become 8.
 
     Returns luminance, uint8 (H, W), and YCrCb, uint8 (H, W, 3), or None for a grey picture.
-    Raises UserError where the file is missing, no picture, or cut short.
+    Raises UserError where the file is missing, no picture, or cut short, or a TIFF of 8 bits that is transparent.
     """
     try:
         data = np.fromfile(path, np.uint8)  # not cv2.imread, which cannot open every non-ASCII path
@@ -56,6 +60,8 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     pixels = _decode(data)
     if pixels is None:
         raise UserError(f"cannot read {path}: it is damaged or not a picture")
+    if data[:4].tobytes() in _TIFF and _transparent(cv2.imdecode(data, cv2.IMREAD_UNCHANGED)):
+        raise UserError(f"cannot read {path}: OpenCV would darken it where it is transparent; save it without alpha")
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded
     if pixels.dtype != np.uint8:
@@ -64,6 +70,10 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
         return pixels, None
     ycrcb = cv2.cvtColor(pixels, cv2.COLOR_BGR2YCrCb)
     return ycrcb[..., 0].copy(), ycrcb
+
+
+def _transparent(pixels: np.ndarray) -> bool:
+    return pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 4 and bool((pixels[..., 3] < 255).any())
 
 
 def in_8_bits(luminance: np.ndarray) -> np.ndarray:
@@ -83,16 +93,16 @@ def write_reconstruction(
     write_whole(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
-def remove_former(folder: str | os.PathLike, name: str, keep: str) -> None:
-    """Remove the reconstructions of picture `name` that former runs left in `folder`, all but the file `keep`.
+def remove_former(folder: str | os.PathLike, names: Collection[str]) -> None:
+    """Remove the reconstructions of pictures of these names that former runs left in `folder`.
 
     Raises UserError where that is not possible.
     """
     score = r"(?:-?\d+\.\d+|-?inf|nan)"
-    former = re.compile(rf"{re.escape(name)}_PSNR_{score}_SSIM_{score}\.png")
+    result = re.compile(rf"(.+)_PSNR_{score}_SSIM_{score}\.png", re.DOTALL)
     try:
         for path in Path(folder).iterdir():
-            if path.name != keep and former.fullmatch(path.name):
+            if (found := result.fullmatch(path.name)) and found[1] in names:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove a former result from {folder}: {first_line(error)}") from error

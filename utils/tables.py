@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from utils.comparison import Average, Comparison, Method, gap, rounding_effect
+from utils.comparison import PSNR_TOLERANCE, Average, Comparison, Method, gap, rounding_effect
+from utils.errors import listed
 
 WIDTH = 100  # columns of a terminal
 NONE = "-"
@@ -178,11 +179,13 @@ def averages_csv(comparison: Comparison) -> str:
 
 def _agreement(method: Method) -> str:
     """How far the scores of the written pictures are from those that test.py recorded."""
-    gaps = {name: [gap(*pair) for pair in zip(method.scores[name][1:], recorded, strict=True)]
+    scores = method.scores
+    gaps = {name: (gap(scores[name].psnr, recorded.psnr), gap(scores[name].ssim, recorded.ssim))
             for name, recorded in method.recorded.items()}
     worst = max(gaps, key=lambda name: gaps[name][0])
-    explained = rounding_effect(method.recorded[worst].psnr) + CLIPPING
-    doubt = "." if gaps[worst][0] <= explained else "; that is more than either does: is it of these pictures?"
+    strange = [name for name, recorded in method.recorded.items() if gaps[name][0] > rounding_effect(recorded.psnr)
+               + (CLIPPING if scores[name].colour else PSNR_TOLERANCE)]
+    doubt = f"; for {listed(strange)} that is more than either does: is it of these pictures?" if strange else "."
     return (f"{method.name}: scores.csv is from before the pictures were rounded to 8 bits and, in colour, clipped to "
             f"RGB; as written they differ from it by at most {gaps[worst][0]:.4f} dB ({worst}) and "
             f"{max(pair[1] for pair in gaps.values()):.4f} in SSIM{doubt}")

@@ -26,7 +26,7 @@ SAMPLE_SIZE = 256
 class Picture:
     """One picture of a test set."""
 
-    name: str  # the file's name without suffix; with it where another file of the set differs in the suffix alone
+    name: str  # the file's name without suffix; with it where another file of the set is called so
     luminance: np.ndarray  # uint8 (H, W)
     ycrcb: np.ndarray | None = None  # uint8 (H, W, 3); None for a grey picture
     file: str | None = None  # the file's name with suffix, which does not depend on the other files of the set
@@ -38,16 +38,18 @@ def load_testset(name: str, data_dir: str | os.PathLike = "data") -> list[Pictur
     All are read at once, so that an unreadable one is found before any work is done.
     Raises UserError where the folder is missing or empty, or a picture cannot be read.
     """
-    if name == "Samples":
-        return [_sample(file) for file in SAMPLES]
     folder = Path(data_dir) / name
+    if name == "Samples":
+        if folder.exists():
+            raise UserError(f"Samples are photographs that need no files; rename {folder} to have your own tested")
+        return [_sample(file) for file in SAMPLES]
     if not folder.is_dir():
         raise UserError(_missing(name, folder))
     paths = list_pictures(folder)
     if not paths:
         raise UserError(f"{folder} holds no picture (PNG, TIFF, BMP or JPEG); put the test set's files there")
-    stems = Counter(path.stem for path in paths)
-    return [Picture(path.stem if stems[path.stem] == 1 else path.name, *read_picture(path), path.name)
+    names = Counter([path.stem for path in paths] + [path.name for path in paths])
+    return [Picture(path.stem if names[path.stem] == 1 else path.name, *read_picture(path), path.name)
             for path in paths]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from utils.devices import PRECISIONS
-from utils.flags import Parser, folder, positive, ratios, run_name, whole
+from utils.flags import LARGEST_BLOCK, Parser, place, positive, ratios, run_name, whole
 from utils.published import RATIOS
 
 
@@ -63,7 +63,7 @@ def parse_args(description: str) -> argparse.Namespace:
     add("--step_number", type=whole(1), default=3, help="T, sampling steps")
     add("--cs_ratio", type=training_ratios, default="0.1",
         help="ratio M/N; 0.1/0.3/0.5 or the range 0.05-0.5 trains one model for all, drawing one for each batch")
-    add("--block_size", type=whole(1), default=32, help="B; a row of the operator measures B*B pixels")
+    add("--block_size", type=whole(1, LARGEST_BLOCK), default=32, help="B; a row of the operator measures B*B pixels")
     add("--learning_rate", type=positive, default=1e-4, help="of Adam, at the start")
     add("--lr_schedule", choices=["step", "cosine"], default="step",
         help="step: halve after epochs 10, 20, 30, 40; cosine: down to 0")
@@ -90,14 +90,14 @@ def parse_args(description: str) -> argparse.Namespace:
     add("--seed", type=whole(0), default=2025, help="of the crops, operators and fresh weights")
     add("--device", help="cpu, cuda or cuda:N; CUDA if there is any")
     add("--num_workers", type=whole(0), default=0, help="processes that cut crops")
-    add("--data_dir", type=folder, default="data", help="folder of the test sets")
-    add("--train_dir", type=folder,
+    add("--data_dir", type=place, default="data", help="folder of the test sets")
+    add("--train_dir", type=place,
         help="training pictures, searched recursively; DATA_DIR/pristine_images if not given")
-    add("--cache_dir", type=folder, help="the pictures' luminance is kept here; DATA_DIR/cache if not given")
+    add("--cache_dir", type=place, help="the pictures' luminance is kept here; DATA_DIR/cache if not given")
     add("--no_cache", action="store_true", help="decode all pictures into memory, at every start and in every process")
     add("--testset_name", default="Set11", help="tested on after each epoch: a folder of DATA_DIR, or Samples")
-    add("--model_dir", type=folder, default="weight", help="checkpoints and states go into a folder of it")
-    add("--log_dir", type=folder, default="log", help="logs go here")
+    add("--model_dir", type=place, default="weight", help="checkpoints and states go into a folder of it")
+    add("--log_dir", type=place, default="log", help="logs go here")
     add("--save_interval", type=whole(1), default=10, help="epochs between checkpoints; the last is saved always")
     add("--save_minutes", type=positive, default=15, help="minutes between two states within an epoch")
     add("--resume", action=argparse.BooleanOptionalAction, default=True,

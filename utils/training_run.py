@@ -2,12 +2,12 @@
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from utils import training_state
@@ -18,8 +18,6 @@ from utils.testsets import Picture, load_testset
 from utils.training_log import TrainingLog
 from utils.training_options import configuration
 from utils.training_state import Progress
-
-PATIENCE = 15  # seconds in which the workers of a process that was killed end as well
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Run:
     testset: list[Picture] = field(default_factory=list)  # empty: no tests
     log: TrainingLog | None = None  # on rank 0
     unlogged: dict[str, Any] | None = None  # record of the epoch just finished, until its tests are done
-    lock: FileLock | None = None  # on rank 0, of the folder
+    lock: AbstractContextManager | None = None  # on rank 0, of the folder, as long as it lives
 
     def __post_init__(self):
         progress = self.progress
@@ -142,22 +140,6 @@ def check_agreement(process: Process, settings: dict[str, str]) -> None:
                  for name, value in settings.items() if any(each[name] != value for each in of_all)]
     if different:
         raise UserError(f"the processes were given different settings: {', '.join(different)}; give all the same")
-
-
-def hold(folder: Path) -> FileLock:
-    """Keep other processes' runs out of a run's folder as long as the lock lives, or this process.
-
-    Raises:
-        UserError: where another process holds it.
-    """
-    lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        raise UserError(f"another process is training in {folder}; choose another --model_dir") from None
-    except (OSError, NotImplementedError):  # some network file systems have no locks
-        pass
-    return lock
 
 
 def find_state(args: argparse.Namespace, process: Process) -> tuple[dict | None, list[str]]:
