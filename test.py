@@ -181,15 +181,15 @@ def more(others: dict[str, float]) -> str:
 
 def table(scores: dict[tuple[str, float], Scores]) -> str:
     """Test sets in rows, ratios in columns."""
-    names, ratios = (list(dict.fromkeys(keys)) for keys in zip(*scores, strict=True))
+    sets, columns = (list(dict.fromkeys(keys)) for keys in zip(*scores, strict=True))
     others = next(iter(scores.values())).others
     rows = [[" / ".join(("PSNR (dB)", "SSIM", *others, "seconds an image"))]
-            + [f"{percent(ratio)} %" for ratio in ratios]]
-    for name in names:
+            + [f"{percent(ratio)} %" for ratio in columns]]
+    for name in sets:
         rows.append([name])
-        for cell in (scores[name, ratio] for ratio in ratios):
-            more = [f"{value:.4f}" for value in (cell.ssim, *cell.others.values())]
-            rows[-1].append(" / ".join((f"{cell.psnr:.2f}", *more, f"{cell.seconds:.2f}")))
+        for cell in (scores[name, ratio] for ratio in columns):
+            digits = [f"{value:.4f}" for value in (cell.ssim, *cell.others.values())]
+            rows[-1].append(" / ".join((f"{cell.psnr:.2f}", *digits, f"{cell.seconds:.2f}")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n" + "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

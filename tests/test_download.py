@@ -552,11 +552,6 @@ def test_the_known_checksums():
         assert {shape: shapes.count(shape) for shape in shapes} == sizes[name]
 
 
-def test_an_entry_is_what_pillow_and_hashlib_say():
-    for content in (*GREY.values(), *CUT.values()):
-        assert verify.describe(content) == known(content)
-
-
 # --- what is fetched by hand ---------------------------------------------------------------------------------------
 
 def test_waterloo_is_counted_and_its_files_are_whole(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError, first_line
 from utils.files import write_whole
+from utils.images import is_picture_name
 
 ATTEMPTS = 4  # in a row that bring nothing
 PAUSE = 1.0  # seconds before the second attempt, doubled for each further one
@@ -187,10 +188,9 @@ def _disk(path: Path) -> Iterator[None]:
 
 def archive_pictures(
     path: Path,
-    suffixes: tuple[str, ...],
     label: str,  # what the archive is called in messages
 ) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file in a zip or tar archive whose suffix is one of `suffixes`; hidden ones are left out.
+    """(name, content) of each file in a zip or tar archive whose name is a picture's.
 
     Nothing is unpacked onto the disk, no link is followed, and the names are for messages alone: they may be absolute
     or climb out of their folder.
@@ -199,9 +199,9 @@ def archive_pictures(
     """
     try:
         if zipfile.is_zipfile(path):
-            yield from _zip_files(path, suffixes, label)
+            yield from _zip_files(path, label)
         else:
-            yield from _tar_files(path, suffixes, label)
+            yield from _tar_files(path, label)
     except UserError:
         raise
     except Exception as error:  # what a damaged archive can raise is not written down anywhere
@@ -211,11 +211,11 @@ def archive_pictures(
                         f"{start!r})") from error
 
 
-def _zip_files(path: Path, suffixes: tuple[str, ...], label: str) -> Iterator[tuple[str, bytes]]:
+def _zip_files(path: Path, label: str) -> Iterator[tuple[str, bytes]]:
     total = 0
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if member.is_dir() or not _wanted(member.filename, suffixes):
+            if member.is_dir() or not _wanted(member.filename):
                 continue  # a link's content is but a path, which no checksum will fit
             total += _allowed(label, member.filename, member.file_size, total, MEMBER_LIMIT)
             with archive.open(member) as file:
@@ -223,19 +223,18 @@ def _zip_files(path: Path, suffixes: tuple[str, ...], label: str) -> Iterator[tu
                 yield member.filename, file.read(member.file_size + 1)
 
 
-def _tar_files(path: Path, suffixes: tuple[str, ...], label: str) -> Iterator[tuple[str, bytes]]:
+def _tar_files(path: Path, label: str) -> Iterator[tuple[str, bytes]]:
     total = 0
     with tarfile.open(path, "r:*") as archive:
         for member in archive:
-            wanted = member.isreg() and _wanted(member.name, suffixes)
+            wanted = member.isreg() and _wanted(member.name)
             total += _allowed(label, member.name, member.size, total, MEMBER_LIMIT if wanted else ARCHIVE_LIMIT)
             if wanted:
                 yield member.name, archive.extractfile(member).read()
 
 
-def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:
-    name = PurePosixPath(name).name
-    return name.lower().endswith(suffixes) and not name.startswith(".")
+def _wanted(name: str) -> bool:
+    return is_picture_name(PurePosixPath(name).name)
 
 
 def _allowed(label: str, name: str, size: int, total: int, limit: int) -> int:

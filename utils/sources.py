@@ -8,7 +8,7 @@ from urllib.parse import quote
 from utils.errors import UserError, first_line
 from utils.fetch import MEMBER_LIMIT, NotThere, archive_pictures, fetch
 from utils.files import make_folder
-from utils.images import SUFFIXES, is_picture_name
+from utils.images import is_picture_name
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 
@@ -122,5 +122,5 @@ def _local(source: Path, name: str, archives: list[str]) -> Iterator[Offer]:
 
 
 def _archive(path: Path, label: str) -> Iterator[Offer]:
-    for member, content in archive_pictures(path, SUFFIXES, label):
+    for member, content in archive_pictures(path, label):
         yield f"{member!r} in {label}", member.rpartition("/")[2], content

@@ -32,15 +32,6 @@ Known = dict[str, dict]  # {file: its entry in checksums.json}
 
 # --- one picture ---------------------------------------------------------------------------------------------------
 
-def describe(content: bytes) -> dict:
-    """The entry that a picture's file would have in checksums.json; raises ValueError where it is no picture."""
-    pixels = _decode(content)
-    if pixels is None:
-        raise ValueError("no picture")
-    return {"bytes": len(content), "sha256": _sha256(content), "shape": list(pixels.shape), "dtype": str(pixels.dtype),
-            "pixels": _sha256(pixels)}
-
-
 def verdict(
     content: bytes,  # of a file
     known: dict,  # what it should be
