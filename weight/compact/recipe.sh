@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # How the weights in this folder were made:  bash weight/compact/recipe.sh PICTURES FOLDER
+# (Theirs were rounded to fp16 between most runs, and a tenth of the pictures was kept to judge by.)
 # Started again with the same FOLDER it goes on from where it was.  PYTHON may be set.
 set -euo pipefail
 [ $# = 2 ] || { echo "usage: bash weight/compact/recipe.sh PICTURES FOLDER" >&2; exit 2; }
@@ -21,7 +22,11 @@ train 2 fourth --base_model "$folder/third/$run" --patch_size 96 --batch_size 4 
     --iters_per_epoch 250 --learning_rate 4e-4
 train 2 fifth --base_model "$folder/fourth/$run" --patch_size 128 --batch_size 3 --epoch 5 --lr_schedule cosine \
     --iters_per_epoch 250 --learning_rate 4e-4 --max_iters 1125
-"$python" - "$folder/fifth/$run" "$folder/compact" <<'EOF'
+train 2 sixth --base_model "$folder/fifth/$run" --patch_size 128 --batch_size 3 --epoch 5 --lr_schedule cosine \
+    --iters_per_epoch 250 --learning_rate 4e-4
+train 2 seventh --base_model "$folder/sixth/$run" --patch_size 128 --batch_size 3 --epoch 3 --lr_schedule cosine \
+    --iters_per_epoch 250 --seed 2027 --ema 0.996
+"$python" - "$folder/seventh/$run" "$folder/compact" <<'EOF'
 import sys
 from model import IDM
 IDM.from_checkpoint(sys.argv[1]).half().save_pretrained(sys.argv[2])
