@@ -120,7 +120,7 @@ def test_names_and_scores_stand_beneath_the_best_in_bold(tmp_path):
         patch.setattr("utils.figures._rendered", lambda figure, suffix: caught.append(figure) or b"")
         write_figures(tmp_path / "out", compared, [picture])
     texts = [[(text.get_text(), text.get_weight()) for text in axes.texts] for axes in caught[0].axes]
-    (p, s), (q, t) = [score[1:] for method in compared.methods for score in method.scores.values()]
+    (p, s), (q, t) = [score[1:3] for method in compared.methods for score in method.scores.values()]
     assert p == pytest.approx(34.1514, abs=1e-4)  # 20 log10(255 / 5)
     assert texts == [
         [("Ground truth", "normal"), ("PSNR (dB) / SSIM", "normal")],
