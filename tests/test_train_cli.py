@@ -389,7 +389,7 @@ train.errors.run(train.main)
     (["--cache_dir", "/dev/null/cache"], "--cache_dir"),
     (["--cs_ratio", "1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
     (["--cs_ratio", "ten"], "--cs_ratio: must be a number, or several as 0.1/0.3/0.5, not ten"),
-    (["--train_dir", ""], "--train_dir: must name a folder; the current one is ."),
+    (["--train_dir", ""], "--train_dir: must not be empty; the current folder is ."),
     (["--batch_size", "0"], "--batch_size: must be a whole number of at least 1, not 0"),
     (["--epoch", "ten"], "--epoch: must be a whole number of at least 1, not ten"),
     (["--learning_rate", "nan"], "--learning_rate: must be a number above 0, not nan"),
