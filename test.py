@@ -67,6 +67,7 @@ def test(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: 
 
 def reconstruct(process: Process, net: IDM, name: str, pictures: list[Picture], ratio: float,
                 metrics: dict[str, Lpips | Fid], folder: Path, args: argparse.Namespace) -> Scores:
+    """`test` in its folder, which is this run's alone."""
     precision, network = args.precision, SelfEnsemble(net) if args.self_ensemble else net
     if precision == "auto":
         precision, reason = pick_precision(process, network, pictures, ratio, args.block_size, args.seed,

@@ -23,6 +23,7 @@ from utils.datasets import NAMED, TrainingCrops
 from utils.devices import computing_in, memory_suffices
 from utils.errors import UserError, listed
 from utils.learning_rate import learning_rate
+from utils.losses import LOSSES
 from utils.sampling import sampling_matrix
 from utils.speed import compile_blocks
 from utils.training_log import TrainingLog
@@ -198,7 +199,7 @@ def accumulate(
 
 
 def backward(run: Run, model: nn.Module, matrix: Tensor, slot: int, pixels: Tensor) -> Tensor:
-    """Gradients of mean |x̂ − x| for one batch, measured through a fresh permutation; returns the loss."""
+    """Gradients of the loss of one batch, measured through a fresh permutation; returns the loss."""
     args, device = run.args, run.process.device
     generator = torch.Generator().manual_seed(distributed.seed_of(args.seed, run.progress.iteration, slot))
     columns = number_of_measurements(args.cs_ratio.draw(generator), args.block_size)
@@ -214,7 +215,7 @@ def backward(run: Run, model: nn.Module, matrix: Tensor, slot: int, pixels: Tens
     x = x.flip(3) if symmetry >= 4 else x
     with computing_in(args.precision, device):
         x_hat = model(operator.A(x), operator)
-    loss = (x_hat.float() - x).abs().mean()
+    loss = LOSSES[args.loss](x_hat.float(), x)
     # 1, or nan: a loss that is not finite thus shows in the gradients of all processes.
     finite = 1 + 0 * loss.detach()
     run.scaler.scale(finite * loss / args.accumulate).backward()

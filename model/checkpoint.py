@@ -259,7 +259,9 @@ def _entry(state: State, key: str, dimensions: int, source: str | Path) -> Tenso
 def _misfits(names: list[tuple[str, nn.Parameter]], state: State) -> list[str]:
     """Why `state` cannot be copied into the parameters, key by key."""
     misfits = []  # first in the list, since the others may follow from them
-    for name, parameter in ((name, parameter) for name, parameter in names if name in state):
+    for name, parameter in names:
+        if name not in state:
+            continue
         tensor = state[name]
         if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
             misfits.append(f"{name} is {_describe(tensor)}, not {tuple(parameter.shape)}")

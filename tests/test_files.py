@@ -1,11 +1,34 @@
 """Files and folders are whole or not there, whatever fails in the middle of writing."""
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from utils.errors import UserError
 from utils.files import append_line, make_folder, remove, write_whole, write_whole_folder
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def held_by_another_process(folder: Path) -> Iterator[None]:
+    """While a process of its own holds the folder, which then is killed."""
+    code = ("import sys, pathlib; from utils.files import hold; lock = hold(pathlib.Path(sys.argv[1]), ''); "
+            "print('held', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == "held\n"
+        yield
+    finally:
+        other.kill()
+        other.wait()
 
 
 def full_disk(*args, **kwargs):

@@ -17,6 +17,7 @@ from skimage.metrics import structural_similarity
 
 from model import IDM, SelfEnsemble
 from tests.test_distributed import free_port
+from tests.test_files import held_by_another_process
 from utils import files, speed
 from utils.distributed import Process
 from utils.errors import UserError, run
@@ -268,20 +269,12 @@ def test_a_folder_that_another_process_writes_into_is_left_alone(place, tmp_path
     folder = tmp_path / "set" / "10"
     folder.mkdir(parents=True)
     (folder / "grey_PSNR_1.00_SSIM_0.1000.png").write_bytes(b"of the other process")
-    code = "import sys, pathlib; from utils.files import hold; lock = hold(pathlib.Path(sys.argv[1]), ''); " \
-           "print('held', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
-    try:
-        assert other.stdout.readline() == "held\n"
+    with held_by_another_process(folder):
         with pytest.raises(SystemExit) as ended:
             call(monkeypatch, place, *flags)
         assert ended.value.code == 2
         assert f"another process is writing into {folder}; choose another --result_dir" in capsys.readouterr().err
         assert [path.read_bytes() for path in folder.glob("*.png")] == [b"of the other process"]
-    finally:
-        other.kill()
-        other.wait()
     call(monkeypatch, place, *flags)
     assert len(read_scores(folder)) == len(list(folder.glob("*.png"))) == 3
 

@@ -17,6 +17,7 @@ import torch
 import train
 from model import IDM
 from model.operators import random_sampling_matrix
+from tests.test_files import held_by_another_process
 from utils import files, training_report, training_state
 from utils.distributed import Process
 from utils.errors import UserError, run
@@ -461,21 +462,13 @@ def test_half_precision_is_one_that_all_gpus_have(monkeypatch, have, expected):
 def test_a_folder_that_another_process_trains_in_is_left_alone(call, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(files, "PATIENCE", 0.2)
     folder = tmp_path / "weight" / NAME
-    code = ("import sys, pathlib; from utils.files import hold; lock = hold(pathlib.Path(sys.argv[1]), ''); "
-            "print('held', flush=True); sys.stdin.read()")
     folder.mkdir(parents=True)
-    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
-    try:
-        assert other.stdout.readline() == "held\n"
+    with held_by_another_process(folder):
         with pytest.raises(SystemExit) as ended:
             call()
         assert ended.value.code == 2
         assert f"another process is writing into {folder}; choose another --model_dir" in capsys.readouterr().err
         assert not training_state.list_states(folder)
-    finally:
-        other.kill()
-        other.wait()
     call("--max_iters", "1")
     assert weights(tmp_path)
 

@@ -101,11 +101,10 @@ def get(
 
 def check(name: str, args: argparse.Namespace) -> bool:
     """Print how it stands with a set or the weights; True where it is right, or neither there nor asked for by name."""
-    data_dir, model_dir = args.data_dir, args.model_dir
     if name == "weights":
-        rights = [check_weights(model_dir / file) for file in WEIGHTS if os.path.lexists(model_dir / file)]
+        rights = [check_weights(path) for path in (args.model_dir / file for file in WEIGHTS) if os.path.lexists(path)]
         return all(rights) if rights else _absent(name, args)
-    folder = data_dir / ("pristine_images" if name == "Waterloo" else name)
+    folder = args.data_dir / ("pristine_images" if name == "Waterloo" else name)
     if not os.path.lexists(folder):
         return _absent(name, args)
     return check_waterloo(folder) if name == "Waterloo" else check_testset(name, folder)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+LARGEST_BLOCK = 1024  # pixels; its matrix has up to 10^12 numbers, more than fit anywhere
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser; help tells defaults, and complaints are a UserError instead of a page about all flags."""
@@ -23,9 +25,6 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default is False or action.default in (None, [])
         return action.help if silent else super()._get_help_string(action)
-
-
-LARGEST_BLOCK = 1024  # pixels; its matrix has 10^12 numbers, more than fit anywhere
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -60,7 +60,7 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     pixels = _decode(data)
     if pixels is None:
         raise UserError(f"cannot read {path}: it is damaged or not a picture")
-    if data[:4].tobytes() in _TIFF and _transparent(cv2.imdecode(data, cv2.IMREAD_UNCHANGED)):
+    if pixels.ndim == 3 and data[:4].tobytes() in _TIFF and _transparent(cv2.imdecode(data, cv2.IMREAD_UNCHANGED)):
         raise UserError(f"cannot read {path}: OpenCV would darken it where it is transparent; save it without alpha")
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded

@@ -65,8 +65,10 @@ def parse_args(description: str) -> argparse.Namespace:
         help="ratio M/N; 0.1/0.3/0.5 or the range 0.05-0.5 trains one model for all, drawing one for each batch")
     add("--block_size", type=whole(1, LARGEST_BLOCK), default=32, help="B; a row of the operator measures B*B pixels")
     add("--learning_rate", type=positive, default=1e-4, help="of Adam, at the start")
-    add("--lr_schedule", choices=["step", "cosine"], default="step",
-        help="step: halve after epochs 10, 20, 30, 40; cosine: down to 0")
+    add("--loss", choices=["l1", "log_mse"], default="l1",
+        help="l1: mean |x_hat - x|, as published; log_mse: mean log of each picture's mean square error, which is PSNR")
+    add("--lr_schedule", choices=["step", "cosine", "constant"], default="step",
+        help="step: halve after epochs 10, 20, 30, 40; cosine: down to 0; constant: for long runs with --ema")
     add("--warm_up", type=whole(0), help="iterations over which the learning rate rises from 0; "
         "if not given, none with step and 2 %% of all with cosine")
     add("--batch_size", type=whole(1), default=8, help="crops per process")
@@ -125,7 +127,7 @@ def configuration(args: argparse.Namespace, pictures: str) -> dict[str, str | in
     --invertible and --compile are not among it: their settings have the same gradients but for rounding, and who ran
     out of memory may go on with "both". Nor is the number of processes.
     """
-    names = ["base_model", "step_number", "block_size", "learning_rate", "lr_schedule", "warm_up", "batch_size",
+    names = ["base_model", "step_number", "block_size", "loss", "learning_rate", "lr_schedule", "warm_up", "batch_size",
              "accumulate", "patch_size", "clip", "ema", "iters_per_epoch", "precision", "seed"]
     names += ["width", "shuffle"] if args.base_model == "compact" else []
     names += ["epoch"] if args.lr_schedule == "cosine" else []
