@@ -11,13 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.comparison import Comparison, find_folder, score_method
-from utils.errors import UserError, first_line, run
-from utils.files import hold, make_folder, write_whole
-from utils.flags import Parser, percent, place, positive, ratios
-from utils.published import published_averages
-from utils.report import write_report
-from utils.tables import (
+from utils.comparison.compare import Comparison, find_folder, score_method
+from utils.comparison.published import published_averages
+from utils.comparison.report import write_report
+from utils.comparison.tables import (
     averages_csv,
     averages_table,
     latex,
@@ -29,7 +26,10 @@ from utils.tables import (
     terminal,
     wrapped,
 )
-from utils.testsets import Picture, load_testset
+from utils.data.testsets import Picture, load_testset
+from utils.errors import UserError, first_line, run
+from utils.files import hold, make_folder, write_whole
+from utils.flags import Parser, percent, place, positive, ratios
 
 
 def main() -> None:
@@ -55,11 +55,11 @@ def compare(args: argparse.Namespace, folders: dict[str, Path], pictures: list[P
                             published)
     print_comparison(comparison)
     if args.with_published and not published:
-        print(f"note: utils/published.py has no averages for {comparison.title}; --with_published adds no row")
+        print(f"note: no averages are published for {comparison.title}; --with_published adds no row")
 
     written = write_tables(folder, comparison)
     if chosen:
-        from utils.figures import write_figures
+        from utils.comparison.figures import write_figures
         regions = write_figures(folder / "figures", comparison, [pictures[k] for k in chosen], args.region)
         written += [f"figures/{name}.pdf and .png (region {','.join(map(str, region))})"
                     for name, region in regions.items()]
@@ -122,7 +122,7 @@ def choose(args: argparse.Namespace, pictures: list[Picture]) -> list[int]:
         raise UserError("--region says what figures enlarge: name the pictures to draw with --pictures")
     if chosen:
         try:  # now, for it takes a second, and before any work is done
-            from utils.figures import check_region
+            from utils.comparison.figures import check_region
         except ImportError as error:
             raise UserError("--pictures needs matplotlib; install it with pip install -r requirements.txt") from error
         if args.region is not None:

@@ -19,17 +19,17 @@ from tqdm import tqdm
 
 from model import IDM, SelfEnsemble, WeightsError
 from utils import distributed
+from utils.data.images import remove_former, write_reconstruction
+from utils.data.testsets import Picture, load_testset
 from utils.devices import PRECISIONS, memory_suffices
 from utils.distributed import Process
 from utils.errors import UserError, run
-from utils.evaluation import Result, Scores, evaluate_spread, mean_scores
+from utils.evaluation.evaluate import Result, Scores, evaluate_spread, mean_scores
+from utils.evaluation.metrics import SSIM_WINDOW
+from utils.evaluation.perceptual import Fid, Lpips
+from utils.evaluation.speed import compile_blocks, pick_precision
 from utils.files import hold, make_folder, remove, write_whole
 from utils.flags import LARGEST_BLOCK, Parser, percent, place, ratios, run_name, whole
-from utils.images import remove_former, write_reconstruction
-from utils.metrics import SSIM_WINDOW
-from utils.perceptual import Fid, Lpips
-from utils.speed import compile_blocks, pick_precision
-from utils.testsets import Picture, load_testset
 
 METRICS = {"lpips": Lpips, "fid": Fid}
 PUBLISHED_EPOCH = 50  # of the files that the authors give away

@@ -18,18 +18,20 @@ from model import IDM, BlockCompressedSensing, WeightsError
 from model.checkpoint import meant
 from model.operators import number_of_measurements
 from model.weight_files import read_config
-from utils import distributed, errors, files, training_report, training_state
-from utils.datasets import NAMED, TrainingCrops
+from utils import distributed, errors, files
+from utils.data.crops import NAMED, TrainingCrops
 from utils.devices import computing_in, memory_suffices
 from utils.errors import UserError, listed
-from utils.learning_rate import learning_rate
-from utils.losses import LOSSES
+from utils.evaluation.speed import compile_blocks
 from utils.sampling import sampling_matrix
-from utils.speed import compile_blocks
-from utils.training_log import TrainingLog
-from utils.training_options import parse_args, shared_settings
-from utils.training_run import Run, check_agreement, find_state, open_testset
-from utils.training_state import Progress
+from utils.training import report
+from utils.training import state as state_files
+from utils.training.learning_rate import learning_rate
+from utils.training.log import TrainingLog
+from utils.training.losses import LOSSES
+from utils.training.run import Run, check_agreement, find_state, open_testset
+from utils.training.settings import parse_args, shared_settings
+from utils.training.state import Progress
 
 GIVE_UP_AFTER = 10  # iterations in a row that were skipped; a gradient scaler's start at 65536 is then down to 64
 
@@ -79,7 +81,7 @@ def prepare(args: argparse.Namespace, process: distributed.Process) -> Run:
             files.append_line(run.log.text, f"cannot be read: {listed(crops.unreadable, len(crops.unreadable))}")
         if len(crops.unreadable) > NAMED:
             notes.append(f"all files that cannot be read are named in {run.log.text}")
-        print(training_report.opening(run, [*notes, *test_notes, crops.notice]), flush=True)
+        print(report.opening(run, [*notes, *test_notes, crops.notice]), flush=True)
         if state:
             run.report(f"resumed from iteration {run.progress.iteration}")
     return run
@@ -94,7 +96,7 @@ def default_precision(process: distributed.Process) -> str:
 
 def build_network(args: argparse.Namespace, process: distributed.Process) -> IDM:
     """The network before training; all ranks get the same."""
-    training_state.seed_all(args.seed)
+    state_files.seed_all(args.seed)
     source, steps = args.base_model, args.step_number
     if source == "compact":
         try:
@@ -122,7 +124,7 @@ def holds_idm(path: Path) -> bool:
 def train(run: Run) -> bool:
     """Epoch after epoch until the last iteration; False where a signal stopped it before."""
     args, process, progress = run.args, run.process, run.progress
-    training_report.test_and_log(run)  # where the run was killed before that was done
+    report.test_and_log(run)  # where the run was killed before that was done
     if progress.iteration >= run.last_iteration:
         process.print(f"nothing is left to do; the weights are in {run.folder}")
         return True
@@ -140,7 +142,7 @@ def train(run: Run) -> bool:
     with distributed.stop_on_signal() as stop_asked:
         batches = iter(loader)  # in here, so that Ctrl-C does not end a worker that is only starting
         while progress.iteration < run.last_iteration:
-            epoch = training_report.Epoch(run)
+            epoch = report.Epoch(run)
             if not train_epoch(run, epoch, model, matrices, batches, stop_asked):
                 run.save()
                 run.report(f"stopped by a signal after iteration {progress.iteration}; the same command goes on from "
@@ -153,7 +155,7 @@ def train(run: Run) -> bool:
 
 def train_epoch(
     run: Run,
-    epoch: training_report.Epoch,
+    epoch: report.Epoch,
     model: nn.Module,  # run.net, or DistributedDataParallel around it
     matrices: list[Tensor],  # Φ of each slot, with the columns of the highest ratio
     batches: Iterator[Tensor],  # (batch, 1, P, P) uint8
@@ -185,7 +187,7 @@ def train_epoch(
 
 
 def accumulate(
-    run: Run, epoch: training_report.Epoch, model: nn.Module, matrices: list[Tensor], batches: Iterator[Tensor]
+    run: Run, epoch: report.Epoch, model: nn.Module, matrices: list[Tensor], batches: Iterator[Tensor]
 ) -> Tensor:
     """Gradients of this process's batches of one iteration, averaged over all processes; returns their mean loss."""
     losses = []
@@ -259,7 +261,7 @@ def give_up_if_nothing_is_finite(run: Run) -> None:
                  "--precision fp32, with another --model_dir")
 
 
-def finish_epoch(run: Run, epoch: training_report.Epoch) -> None:
+def finish_epoch(run: Run, epoch: report.Epoch) -> None:
     """Report, save and test after an epoch, or after the part of one that `--max_iters` leaves."""
     args, progress = run.args, run.progress
     run.read_totals()
@@ -270,10 +272,10 @@ def finish_epoch(run: Run, epoch: training_report.Epoch) -> None:
     due = (epoch.number % args.save_interval == 0 or progress.iteration == run.last_iteration
            or epoch.start % args.iters_per_epoch)
     if run.process.is_main and due:
-        training_state.save_checkpoint(run.best, run.folder, epoch.number)
+        state_files.save_checkpoint(run.best, run.folder, epoch.number)
     run.unlogged = record
     run.save()  # after the checkpoint: what a state counts as done is all there
-    training_report.test_and_log(run)
+    report.test_and_log(run)
 
 
 if __name__ == "__main__":

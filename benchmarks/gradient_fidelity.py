@@ -48,10 +48,10 @@ from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing, LinearOperator  # noqa: E402
 from model.injector import Injector  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
+from utils.data.testsets import SAMPLE_SIZE, load_testset  # noqa: E402
 from utils.devices import PRECISIONS, computing_in  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
 from utils.flags import Parser  # noqa: E402
-from utils.testsets import SAMPLE_SIZE, load_testset  # noqa: E402
 
 LOSS_SCALE = 4096.0  # a power of two: of consequence in fp16 alone, whose smallest numbers are 6e-8
 Gradients = dict[str, Tensor]

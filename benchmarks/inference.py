@@ -34,8 +34,8 @@ from benchmarks.memory import FollowTensors  # noqa: E402
 from model import IDM, BlockCompressedSensing, feed_forward  # noqa: E402
 from utils import errors  # noqa: E402
 from utils.devices import computing_in  # noqa: E402
+from utils.evaluation.speed import compile_blocks, half_precisions  # noqa: E402
 from utils.flags import Parser  # noqa: E402
-from utils.speed import compile_blocks, half_precisions  # noqa: E402
 
 Size = tuple[int, int]
 MEASUREMENTS, PIXELS = 103, 1024  # M and N at 10 %; the ratio hardly matters here

@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine, save_results  # noqa: E402
-from utils.datasets import TrainingCrops  # noqa: E402
+from utils.data.crops import TrainingCrops  # noqa: E402
+from utils.data.images import read_picture  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.flags import Parser  # noqa: E402
-from utils.images import read_picture  # noqa: E402
 
 BASELINE = "decoding as given"
 

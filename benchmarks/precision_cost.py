@@ -16,12 +16,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.half_precision import half_products  # noqa: E402
 from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM, WeightsError  # noqa: E402
+from utils.comparison.published import RATIOS  # noqa: E402
+from utils.data.testsets import load_testset  # noqa: E402
 from utils.devices import PRECISIONS  # noqa: E402
 from utils.errors import run  # noqa: E402
-from utils.evaluation import evaluate, mean_scores  # noqa: E402
+from utils.evaluation.evaluate import evaluate, mean_scores  # noqa: E402
 from utils.flags import Parser  # noqa: E402
-from utils.published import RATIOS  # noqa: E402
-from utils.testsets import load_testset  # noqa: E402
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import architecture, gradient_fidelity_report, memory, teaser  # noqa: E402
 from benchmarks.pictures import plt, save  # noqa: E402
-from utils.published import RATIOS, published_averages  # noqa: E402
+from utils.comparison.published import RATIOS, published_averages  # noqa: E402
 
 FIGURES = ROOT / "figs"
 

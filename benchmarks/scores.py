@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine, save_results  # noqa: E402
+from utils.comparison.published import RATIOS  # noqa: E402
+from utils.data.testsets import KNOWN_SETS  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
 from utils.flags import Parser, percent  # noqa: E402
-from utils.published import RATIOS  # noqa: E402
-from utils.testsets import KNOWN_SETS  # noqa: E402
 
 
 def main() -> None:

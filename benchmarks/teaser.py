@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import IDM, BlockCompressedSensing, WeightsError  # noqa: E402
+from utils.comparison.published import RATIOS  # noqa: E402
+from utils.data.images import in_8_bits  # noqa: E402
+from utils.data.testsets import Picture, load_testset  # noqa: E402
 from utils.errors import UserError, listed, run  # noqa: E402
-from utils.evaluation import evaluate  # noqa: E402
+from utils.evaluation.evaluate import evaluate  # noqa: E402
 from utils.files import write_whole  # noqa: E402
 from utils.flags import Parser  # noqa: E402
-from utils.images import in_8_bits  # noqa: E402
-from utils.published import RATIOS  # noqa: E402
-from utils.testsets import Picture, load_testset  # noqa: E402
 
 WEIGHTS = ROOT / "weight" / "compact"
 CAPTION = 26  # pixels

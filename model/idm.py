@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checkpoint, compact_start
+from .couplings import Coupling
 from .operators import LinearOperator
-from .reversible import Coupling, ReversibleChain
-from .schedule import LearnedSchedule
+from .reversible import ReversibleChain
+from .schedules import LearnedSchedule
 from .unet import UNet
 
 INVERTIBLE = ("both", "sampling", "unet", "none")

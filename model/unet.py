@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .couplings import Coupling
 from .feed_forward import PartwiseFeedForward
 from .injector import Injector
 from .operators import LinearOperator
 from .precision import FullPrecisionConv2d
-from .reversible import Coupling, ReversibleChain, holding
+from .reversible import ReversibleChain, holding
 
 PAIRS_DOWN, PAIRS_UP = 2, 3  # (resnet, attention) pairs in a down block and in an up block
 PLACES_AT_ONCE = 2**14  # of the features, differentiated at once: enough to fill a GPU

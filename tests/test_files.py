@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from utils.errors import UserError
 from utils.files import append_line, make_folder, remove, write_whole, write_whole_folder
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

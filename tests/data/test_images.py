@@ -1,0 +1,160 @@
+"""Pictures of every kind in, reconstructions out. Expected numbers come from Pillow and from closed forms."""
+import os
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.data.images import list_pictures, pad_to_multiple, read_picture, remove_former, write_reconstruction
+from utils.errors import UserError
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    """A smooth RGB picture of odd size, (37, 23, 3)."""
+    y, x = np.mgrid[0:37, 0:23]
+    return np.dstack([5 * y + 30, 8 * x + 20, 3 * (x + y) + 10]).astype(np.uint8)
+
+
+def bt601(rgb: np.ndarray) -> np.ndarray:
+    return rgb @ np.array([0.299, 0.587, 0.114])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".tiff", ".bmp", ".PNG"])
+def test_luminance_and_colour_differences_follow_bt601(tmp_path, colours, suffix):
+    path = tmp_path / f"ü {suffix}"
+    Image.fromarray(colours).save(path)
+    luminance, ycrcb = read_picture(path)
+    exact = bt601(colours.astype(float))
+    assert luminance.dtype == ycrcb.dtype == np.uint8
+    assert np.abs(luminance - exact).max() <= 0.51
+    assert np.abs(ycrcb[..., 1] - (0.713 * (colours[..., 0] - exact) + 128)).max() <= 1
+    assert np.abs(ycrcb[..., 2] - (0.564 * (colours[..., 2] - exact) + 128)).max() <= 1
+    assert (ycrcb[..., 0] == luminance).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_dropped(tmp_path, colours, mode):
+    opaque = Image.fromarray(colours).convert(mode)
+    opaque.putalpha(Image.fromarray(colours[..., 0]))
+    opaque.save(tmp_path / "a.png")
+    expected = np.asarray(Image.fromarray(colours).convert("RGB" if mode == "RGBA" else "L").convert("RGB"))
+    assert np.abs(read_picture(tmp_path / "a.png")[0] - bt601(expected.astype(float))).max() <= 0.51
+
+
+def test_a_transparent_tiff_which_opencv_darkens_is_refused(tmp_path, colours):
+    picture = Image.fromarray(colours)
+    picture.putalpha(255)
+    picture.save(tmp_path / "a.tif")
+    assert np.abs(read_picture(tmp_path / "a.tif")[0] - bt601(colours.astype(float))).max() <= 0.51
+    picture.putalpha(128)
+    picture.save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif: OpenCV would darken it.*without alpha"):
+        read_picture(tmp_path / "a.tif")
+
+
+def test_grey_pictures_have_no_colour(tmp_path, colours):
+    Image.fromarray(colours[..., 0]).save(tmp_path / "a.png")
+    luminance, ycrcb = read_picture(tmp_path / "a.png")
+    assert ycrcb is None
+    assert (luminance == colours[..., 0]).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_rounded_to_eight(tmp_path, suffix):
+    values = np.array([[0, 128, 129, 257, 385, 386, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a{suffix}")
+    assert read_picture(tmp_path / f"a{suffix}")[0].tolist() == [[0, 0, 1, 1, 1, 2, 128, 255]]  # v / 257, rounded
+
+
+def test_sixteen_bit_colour_reads_as_the_eight_bit_picture_does(tmp_path, colours):
+    cv2.imwrite(str(tmp_path / "8.png"), colours)
+    cv2.imwrite(str(tmp_path / "16.png"), colours.astype(np.uint16) * 257)
+    assert (read_picture(tmp_path / "16.png")[1] == read_picture(tmp_path / "8.png")[1]).all()
+
+
+def test_one_bit_palette_and_single_pixel_pictures(tmp_path):
+    Image.fromarray(np.array([[200]], np.uint8)).save(tmp_path / "1x1.png")
+    assert read_picture(tmp_path / "1x1.png")[0].tolist() == [[200]]
+    Image.fromarray(np.array([[0, 255, 0]], np.uint8)).convert("1").save(tmp_path / "bits.png")
+    assert read_picture(tmp_path / "bits.png")[0].tolist() == [[0, 255, 0]]
+    Image.fromarray(np.array([[7, 90, 7]], np.uint8)).convert("P").save(tmp_path / "palette.png")
+    assert read_picture(tmp_path / "palette.png")[0].tolist() == [[7, 90, 7]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tif"])
+@pytest.mark.parametrize("part", [0, 0.5, 0.97])
+def test_a_truncated_file_is_refused_by_name(tmp_path, capfd, colours, suffix, part):
+    path = tmp_path / f"cut{suffix}"
+    Image.fromarray(colours).resize((200, 150)).save(path)
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * part)])
+    with pytest.raises(UserError, match=f"cut{suffix}"):
+        read_picture(path)
+    assert capfd.readouterr().err == ""  # nothing of OpenCV's beside the message
+
+
+def test_what_is_no_picture_is_refused_by_name(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "folder.png").mkdir()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    for name, why in (("text.png", "not a picture"), ("folder.png", "Is a directory"), ("absent.png", "No such file"),
+                      ("float.tif", "float32")):
+        with pytest.raises(UserError, match=f"{name}.*{why}"):
+            read_picture(tmp_path / name)
+
+
+def test_pictures_are_listed_by_suffix_and_sorted(tmp_path):
+    for name in ("b.PNG", "a.tif", "c.JpEg", "notes.txt", ".hidden.png", "d.mat"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "e.png").mkdir()
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.tif", "b.PNG", "c.JpEg"]
+    with pytest.raises(UserError, match="nowhere"):
+        list_pictures(tmp_path / "nowhere")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"notes\xff.txt")).write_bytes(b"")
+    assert list_pictures(tmp_path) == []
+    (tmp_path / os.fsdecode(b"x\xff.png")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"picture x\\xff\.png in .* is not valid UTF-8; rename it"):
+        list_pictures(tmp_path)
+
+
+def test_a_grey_reconstruction_is_rounded_not_truncated(tmp_path):
+    write_reconstruction(tmp_path / "ü.png", np.array([[-3.0, 0.4, 0.6, 99.7, 254.6, 300.0, np.nan]]))
+    assert np.asarray(Image.open(tmp_path / "ü.png")).tolist() == [[0, 0, 1, 100, 255, 255, 0]]
+
+
+def test_a_reconstruction_takes_its_colours_from_the_original(tmp_path):
+    rng = np.random.default_rng(0)
+    original = rng.integers(100, 156, (40, 30, 3), dtype=np.uint8)  # mild colours, that no clipping changes
+    cv2.imwrite(str(tmp_path / "a.png"), original)
+    luminance, ycrcb = read_picture(tmp_path / "a.png")
+    write_reconstruction(tmp_path / "b.png", luminance + 10.3, ycrcb)
+    written = read_picture(tmp_path / "b.png")[1].astype(int)
+    assert np.abs(written[..., 0] - (luminance.astype(int) + 10)).max() <= 1
+    assert np.abs(written[..., 1:] - ycrcb[..., 1:]).max() <= 1
+    write_reconstruction(tmp_path / "c.png", luminance, ycrcb)
+    assert np.abs(cv2.imread(str(tmp_path / "c.png")).astype(int) - original).max() <= 2
+
+
+def test_former_results_of_the_same_picture_alone_are_removed(tmp_path):
+    former = ["a_PSNR_30.12_SSIM_0.9000.png", "a_PSNR_nan_SSIM_nan.png", "a_PSNR_inf_SSIM_1.0000.png"]
+    kept = ["ab_PSNR_30.12_SSIM_0.9000.png", "a.png", "scores.csv",
+            "a_PSNR_30.12_SSIM_0.9000_PSNR_28.00_SSIM_0.8000.png"]
+    for name in former + kept:
+        (tmp_path / name).write_bytes(b"")
+    remove_former(tmp_path, {"a"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize("size, padded", [((1, 1), (32, 32)), ((32, 64), (32, 64)), ((33, 63), (64, 64))])
+def test_padding_is_zeros_at_the_bottom_and_right(size, padded):
+    x = pad_to_multiple(torch.ones(2, 1, *size), 32)
+    assert x.shape == (2, 1, *padded)
+    assert (x[..., :size[0], :size[1]] == 1).all()
+    assert x.sum() == 2 * size[0] * size[1]
