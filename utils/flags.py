@@ -69,6 +69,15 @@ def ratios(text: str) -> list[float]:
     return list(dict.fromkeys(values))
 
 
+def noise(text: str) -> tuple[float, float]:
+    """The type of --noise: a standard deviation, or a range as 0-0.05 from which one is drawn for each image."""
+    found = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)(?:-(\d*\.?\d+(?:e-?\d+)?))?", text.strip())
+    low, high = (float(found[1]), float(found[2] or found[1])) if found else (1.0, 0.0)
+    if low > high:
+        raise argparse.ArgumentTypeError(f"must be a standard deviation, or a range as 0-0.05, not {text}")
+    return low, high
+
+
 def percent(cs_ratio: float) -> str:
     """A ratio as people say it, and as test.py names its folders: 10 for 0.1."""
     return f"{100 * cs_ratio:.10g}"

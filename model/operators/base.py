@@ -3,6 +3,10 @@
 Methods are named as deepinv names them (A, A_adjoint, A_dagger).  deepinv's linear physics with A Aᵀ = I serve here;
 ours serve there as `LinearPhysics(A=operator.A, A_adjoint=operator.A_adjoint)`.
 """
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 
@@ -18,6 +22,24 @@ class LinearOperator(nn.Module):
 
     same_for_all = False
 
+    @classmethod
+    def shared(cls, generator: torch.Generator) -> dict[str, Any]:
+        """Return what is drawn once for a whole run and then given to every `random` by name; here nothing.
+
+        A subclass adds to the signature those of its settings that it reads.
+        """
+        return {}
+
+    @classmethod
+    def side_multiple(cls) -> int:
+        """Return what H and W of every image must be a multiple of; settings as in `shared`."""
+        return 1
+
+    @classmethod
+    def stacked(cls, operators: "Sequence[LinearOperator]") -> "LinearOperator":
+        """Return the operator that measures image i of a batch by operators[i]; all are drawn with equal settings."""
+        return PerImageOperator(operators)
+
     def A(self, x: Tensor) -> Tensor:
         """Measure images x (batch, 1, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} must define A")
@@ -32,3 +54,26 @@ class LinearOperator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.A(x)
+
+
+class PerImageOperator(LinearOperator):
+    """Measures each image of a batch by its own operator; all give measurements of one shape."""
+
+    def __init__(self, operators: Sequence[nn.Module]):
+        super().__init__()
+        self.operators = nn.ModuleList(operators)
+
+    def A(self, x: Tensor) -> Tensor:
+        return self._each("A", x)
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return self._each("A_adjoint", y)
+
+    def A_dagger(self, y: Tensor) -> Tensor:
+        return self._each("A_dagger", y)
+
+    def _each(self, method: str, batch: Tensor) -> Tensor:
+        if len(batch) != len(self.operators):
+            raise ValueError(f"there are operators for {len(self.operators)} images, not for {len(batch)}")
+        images = zip(self.operators, batch.split(1), strict=True)
+        return torch.cat([getattr(operator, method)(image) for operator, image in images])

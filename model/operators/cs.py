@@ -1,5 +1,6 @@
 """Block-based compressed sensing of a permuted image, the published operator (paper, section 3.1)."""
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,31 @@ class BlockCompressedSensing(LinearOperator):
         cs_ratio: float,  # M / N, in (0, 1]
         block_size: int,  # B; N = B²
         generator: torch.Generator,  # a CPU generator: the same seed gives the same operator on every device
+        sampling_matrix: Tensor | None = None,  # Φ of `shared`, of which the first M columns are used
     ) -> "BlockCompressedSensing":
-        """Draw Φ, then π; on the CPU (move the result with `.to(device)`)."""
-        sampling_matrix = random_sampling_matrix(cs_ratio, block_size, generator)
+        """Draw Φ, unless it is given, then π; on the device of Φ, or on the CPU."""
+        columns = number_of_measurements(cs_ratio, block_size)
+        if sampling_matrix is None:
+            sampling_matrix = random_sampling_matrix(cs_ratio, block_size, generator)
         permutation = torch.randperm(image_shape[0] * image_shape[1], generator=generator)
-        return cls(sampling_matrix, permutation, image_shape)
+        if sampling_matrix.device.type == "cuda":
+            permutation = permutation.pin_memory()  # else the copy would wait for the device
+        permutation = permutation.to(sampling_matrix.device, non_blocking=True)
+        return cls(sampling_matrix[:, :columns].contiguous(), permutation, image_shape)
+
+    @classmethod
+    def shared(cls, generator: torch.Generator, block_size: int) -> dict[str, Tensor]:
+        """Return Φ of ratio 1, which begins with that of every other ratio; a second of work at N = 1024."""
+        return {"sampling_matrix": random_sampling_matrix(1.0, block_size, generator)}
+
+    @classmethod
+    def side_multiple(cls, block_size: int) -> int:
+        return block_size
+
+    @classmethod
+    def stacked(cls, operators: "Sequence[BlockCompressedSensing]") -> "BlockCompressedSensing":
+        permutations = torch.stack([operator.permutation for operator in operators])
+        return cls(operators[0].sampling_matrix, permutations, operators[0].image_shape)
 
     def A(self, x: Tensor) -> Tensor:
         """(batch, 1, H, W) -> (batch, H·W/N, M), in the precision of Φ, under autocast too."""
