@@ -19,6 +19,11 @@ def first_line(error: Exception) -> str:
     return reason.strip().partition("\n")[0] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """Return `text` with all that a terminal would obey or cannot show escaped: control characters, line breaks, ..."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def listed(names: Iterable[str], most: int = 5) -> str:
     """Names for a message, the first few of many, on one line whatever they hold."""
     names = list(names)
@@ -48,7 +53,7 @@ def run(main: Callable[[], None], *also: type[Exception]) -> None:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(HEAD_START)
-        print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr)
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,14 +3,16 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor
 
 from utils.errors import UserError, first_line
 from utils.files import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
 # Of a file that starts so, what a whole one also holds: some decoders fill in what a truncated file lacks.
@@ -108,10 +110,12 @@ def remove_former(folder: str | os.PathLike, names: Collection[str]) -> None:
         raise UserError(f"cannot remove a former result from {folder}: {first_line(error)}") from error
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(x: "Tensor", multiple: int) -> "Tensor":
     """Pad x (..., H, W) with zeros at the bottom and right, until H and W are multiples of `multiple`."""
+    from torch.nn.functional import pad  # here, since it takes seconds that most of this file's users need not wait for
+
     height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % multiple, 0, -height % multiple))
+    return pad(x, (0, -width % multiple, 0, -height % multiple))
 
 
 def _decode(data: np.ndarray) -> np.ndarray | None:

@@ -4,30 +4,28 @@
     python -m utils.download --check
 """
 import argparse
-import fcntl
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from utils.comparison.published import RATIOS
 from utils.data.testsets import KNOWN_SETS
-from utils.download.sources import HOMES, offers
+from utils.download.fetch import HOMES, offers
 from utils.download.verify import CHECKSUMS, WATERLOO, check_testset, check_waterloo, check_weights, find, verdict
-from utils.errors import UserError, listed, run
+from utils.errors import UserError, listed, printable, run
 from utils.files import make_folder, write_whole
 from utils.flags import Parser, place, run_name
 
-WEIGHTS = tuple(f"{run_name([ratio], 3, 32)}/net_params_50.pkl" for ratio in RATIOS)
+WEIGHTS = tuple(f"{run_name([ratio], 3, 32)}/net_params_50.pkl" for ratio in (0.1, 0.3, 0.5))
 NAMES = (*HOMES, "Waterloo", "weights")
 NOTES = """\
-The addresses were written from memory, and none could be tried where this was written. So nothing is believed because
-of where it comes from: each picture must have its known SHA-256, of the file or of its decoded pixels. CBSD68, Urban100
+The addresses were written from memory, and none could be tried where this was written. So nothing is trusted for where
+it comes from: each picture must have its known SHA-256, of the file or of its decoded pixels. CBSD68, Urban100
 and DIV2K are cut from the originals. An interrupted download goes on where it stopped. Files that are there already are
 checked and never overwritten.
 
@@ -49,7 +47,7 @@ def main() -> None:
             try:
                 get(name, args.source, args.data_dir)
             except UserError as error:
-                print(f"error: {name}: {error}", file=sys.stderr)
+                print(f"error: {name}: {printable(str(error))}", file=sys.stderr)
                 failed = True
                 if not (args.data_dir / name).exists():
                     continue
@@ -63,18 +61,20 @@ def get(
     source: str | None,  # a mirror: a folder, an archive, or an http(s) address; None: the set's home
     data_dir: Path,  # the pictures go to data_dir/name; what is not finished yet to data_dir/.download/name
 ) -> None:
-    """Bring the pictures of a test set that are not there yet; what is there is never touched.
+    """Fetch the pictures of a test set that are not there yet; what is there is never touched.
 
-    Raises UserError where pictures could not be had; those that could are in their place then.
+    Raises UserError where pictures could not be had; those that could are written then.
     """
     folder, cache = data_dir / name, data_dir / ".download" / name
     missing = {file: known for file, known in CHECKSUMS[name].items() if not os.path.lexists(folder / file)}
     if not missing:
         return
-    make_folder(data_dir, "--data_dir")
+    make_folder(cache, "--data_dir")
+    otherwise = "" if source else f"; otherwise, {by_hand(name)}"
     refused, seen = [], 0
-    with _alone(data_dir), tqdm(total=len(missing), desc=name, unit="picture", leave=False, disable=None) as bar:
-        try:
+    try:
+        with (FileLock(cache.parent / ".lock", timeout=0),
+              tqdm(total=len(missing), desc=name, unit="picture", leave=False, disable=None) as bar):
             for label, file, content in offers(name, list(missing), source, cache):
                 seen += 1
                 found = find(content, missing, HOMES[name].shifts)
@@ -87,20 +87,21 @@ def get(
                 if not missing:
                     break
             shutil.rmtree(cache, ignore_errors=True)
-        except UserError as error:
-            raise UserError(f"{error}{_otherwise(name, source)}") from error
-        finally:
-            for place in (cache, cache.parent):
-                with suppress(OSError):  # it holds what an interrupted download needs, or is not there
-                    place.rmdir()
+    except Timeout:
+        raise UserError(f"another download into {data_dir} is running; wait for its end") from None
+    except UserError as error:
+        raise UserError(f"{error}{otherwise}") from error
+    finally:
+        with suppress(OSError):  # it contains what an interrupted download needs, or is not there
+            cache.rmdir()
     if missing:
         why = f"; refused: {listed(refused, 1)}" if refused else ""
-        raise UserError(f"none of the {seen} pictures from {source or HOMES[name].address} is or holds "
-                        f"{listed(missing)}{why}{_otherwise(name, source)}")
+        raise UserError(f"none of the {seen} pictures from {source or HOMES[name].address} is or contains "
+                        f"{listed(missing)}{why}{otherwise}")
 
 
 def check(name: str, args: argparse.Namespace) -> bool:
-    """Print how it stands with a set or the weights; True where it is right, or neither there nor asked for by name."""
+    """Print the state of a set or the weights; returns whether it is right, or neither there nor asked for by name."""
     if name == "weights":
         rights = [check_weights(path) for path in (args.model_dir / file for file in WEIGHTS) if os.path.lexists(path)]
         return all(rights) if rights else _absent(name, args)
@@ -117,23 +118,10 @@ def _absent(name: str, args: argparse.Namespace) -> bool:
     return not args.names
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two downloads into one folder would write the same files."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another download into {folder} is running; wait for its end") from error
-    finally:
-        os.close(descriptor)
-
-
 # --- what a person is told -----------------------------------------------------------------------------------------
 
 def by_hand(name: str, data_dir: str = "data", model_dir: str = "weight") -> str:
-    """What to fetch in a browser, and where to put it."""
+    """Say what to fetch in a browser, and where to put it."""
     if name == "Waterloo":
         return ("in a browser, get the Waterloo Exploration Database (https://kedema.org/project/exploration/ or "
                 f"https://ece.uwaterloo.ca/~k29ma/exploration/) and put its {WATERLOO:,} BMP files into "
@@ -148,12 +136,8 @@ def by_hand(name: str, data_dir: str = "data", model_dir: str = "weight") -> str
     return f"in a browser, get {what}; then run python -m utils.download {name} --from F"
 
 
-def _otherwise(name: str, source: str | None) -> str:
-    return "" if source else f"; otherwise, {by_hand(name)}"
-
-
 def overview() -> str:
-    """All that can be named, where it comes from, and what is to be known about it."""
+    """List all that can be named, where it comes from, and what is to be known about it."""
     lines = [f"{name:10}{len(CHECKSUMS[name])} pictures: {KNOWN_SETS[name]}\n{'':10}from {home.address}"
              for name, home in HOMES.items()]
     lines += [textwrap.fill(f"{name:10}by hand: {by_hand(name)}", 118, subsequent_indent=" " * 10,

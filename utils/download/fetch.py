@@ -1,196 +1,225 @@
-"""Fetching over HTTP, such that an interrupted transfer goes on, and reading pictures out of archives, safely."""
-import http.client
-import json
-import os
-import re
+"""Where the pictures of the test sets come from: their homes or a mirror, fetched by pooch and read out of archives."""
+import hashlib
 import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from urllib.error import HTTPError
-from urllib.parse import unquote
-from urllib.request import Request, urlopen
+from urllib.parse import quote, unquote
 
+import pooch
 from tqdm import tqdm
 
 from utils.data.images import is_picture_name
-from utils.errors import UserError, first_line
-from utils.files import write_whole
+from utils.errors import UserError, first_line, listed
+from utils.files import explained
 
-ATTEMPTS = 4  # in a row that bring nothing
-PAUSE = 1.0  # seconds before the second attempt, doubled for each further one
-TIMEOUT = 30.0  # seconds without an answer or a byte
-CHUNK = 1 << 18
-DOWNLOAD_LIMIT = 4 << 30  # bytes; DIV2K's originals are 0.45 GB
-MEMBER_LIMIT = 64 << 20  # bytes of one picture in an archive
-ARCHIVE_LIMIT = 8 << 30  # bytes of an archive's members together, unpacked
+PICTURE_LIMIT = 64 << 20  # bytes of one picture
+ARCHIVE_LIMIT = 4 << 30  # bytes of an archive, and of its members together, unpacked; DIV2K's has 0.45 GB
+HEADER_LIMIT = 1 << 20  # bytes of what a tar archive tells about a member, such as a long name
+TIMEOUT = 30  # seconds without an answer or a byte
+SLOWEST = 50_000  # bytes a second, at which a file of the largest size allowed must come
+RETRIES = 3  # in a row that bring nothing
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
+pooch.get_logger().setLevel("ERROR")  # the command line says what is to be said
+
+Offer = tuple[str, str, bytes]  # where a picture comes from, for messages; its file name; its content
 
 
 class NotThere(UserError):
     """The server answers, and has no such file."""
 
 
-class Dropped(Exception):
-    """A transfer that ended before its end, for a reason that may pass."""
+@dataclass(frozen=True)
+class Home:
+    """Where a set, or the originals that its pictures are cut from, is published."""
+
+    address: str  # of an archive; or of single files, with {file} or {stem} for their names
+    page: str  # to look at should the address have moved
+    shifts: range = range(1)  # by how many pixels, either way, the set's pictures may lie off the originals' centres
+
+    @property
+    def archive(self) -> str | None:
+        return None if "{" in self.address else self.address.rpartition("/")[2]
 
 
-def fetch(url: str, path: Path, limit: int = DOWNLOAD_LIMIT) -> None:
-    """Fetch `url` into the file `path`, whole or not at all.
+# Written from memory and never tried: what comes from there is trusted for its checksums alone.
+# CBSD68's pictures have the 8x8 grid of Berkeley's JPEGs, starting at 0, 0.
+HOMES = {
+    "Set11": Home("https://raw.githubusercontent.com/jianzhangcs/ISTA-Net-PyTorch/master/data/Set11/{file}",
+                  "https://github.com/jianzhangcs/ISTA-Net-PyTorch"),
+    "CBSD68": Home("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/BSDS300-images.tgz",
+                   "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds/", shifts=range(-16, 17, 8)),
+    "Urban100": Home("https://raw.githubusercontent.com/jbhuang0604/SelfExSR/master/data/Urban100/image_SRF_4/"
+                     "{stem}_SRF_4_HR.png", "https://github.com/jbhuang0604/SelfExSR", shifts=range(-4, 5)),
+    "DIV2K": Home("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip",
+                  "https://data.vision.ee.ethz.ch/cvl/DIV2K/", shifts=range(-2, 3)),
+}
 
-    What has come of an interrupted transfer stays in `path`.partial, beside what identifies it (ETag or date, and
-    length), and the next call goes on from there, if the server still has that very file and can send parts of it.
+
+def offers(
+    name: str,  # of a set in HOMES
+    files: list[str],  # those of its pictures that are wanted
+    source: str | None,  # a mirror: a folder, an archive, or an http(s) address; None: the set's home
+    cache: Path,  # a folder for what is being downloaded
+) -> Iterator[Offer]:
+    """Yield pictures that may be, or may contain, those wanted, from the likeliest address on.
+
+    Raises UserError where an address fails or, NotThere, has nothing.
+    """
+    archives = [f"{name}.zip"] + [HOMES[name].archive] * bool(HOMES[name].archive)
+    if source and "://" not in source:
+        yield from _local(Path(source), name, archives)
+        return
+    base = (source or "").rstrip("/")
+    addresses = [HOMES[name].address] if not source else [source] if source.lower().endswith(ARCHIVES) else [
+        *(f"{base}/{archive}" for archive in archives), f"{base}/{name}/{{file}}"]
+    absent = []
+    for address in addresses:
+        for file in files if "{" in address else [None]:
+            url = address if file is None else address.format(file=quote(file), stem=quote(Path(file).stem))
+            try:
+                path = fetch(url, cache, PICTURE_LIMIT if file else ARCHIVE_LIMIT)
+                if file is None:
+                    yield from archive_pictures(path, url)
+                else:
+                    content = path.read_bytes()
+                    path.unlink()  # whatever it is worth: the next run must not find it again
+                    yield url, file, content
+            except NotThere as error:
+                absent.append(str(error))
+            except UserError:
+                (cache / _file_name(url)).unlink(missing_ok=True)  # damaged; the next run must fetch it anew
+                raise
+    if absent:
+        raise NotThere(listed(absent, 1))
+
+
+def _local(source: Path, name: str, archives: list[str]) -> Iterator[Offer]:
+    there = [source / archive for archive in archives if (source / archive).is_file()]
+    paths = [source] if source.is_file() else sorted((source / name).rglob("*")) + there
+    if not paths:
+        raise UserError(f"{source} is no archive, and no folder in which there is {name} or {name}.zip")
+    for path in paths:
+        if path == source or path.parent == source:
+            yield from archive_pictures(path, str(path))
+        elif is_picture_name(path.name) and path.is_file() and path.stat().st_size <= PICTURE_LIMIT:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {first_line(error)}") from error
+            yield str(path), path.name, content
+
+
+# --- over HTTP -----------------------------------------------------------------------------------------------------
+
+def fetch(url: str, cache: Path, limit: int) -> Path:
+    """Fetch `url` into a file of the folder `cache`, completely or not at all; returns its path.
+
+    What came of an interrupted transfer stays in `cache`, and the next call goes on from there.
 
     Raises:
         NotThere: where the server says that there is no such file.
-        UserError: where it cannot be reached, refuses, keeps breaking off, or sends more than `limit` bytes; or where
-            the disk takes no more.
+        UserError: where it cannot be reached, refuses, keeps breaking off, sends more than `limit` bytes or takes too
+            long; or where the disk takes no more.
     """
-    partial = path.with_name(path.name + ".partial")
-    failures, most = 0, _size(partial)
-    while True:
-        try:
-            _transfer(url, partial, limit)
-            break
-        except Dropped as error:
-            failures = 1 if _size(partial) > most else failures + 1
-            most = max(most, _size(partial))
-            if failures == ATTEMPTS:
-                kept = _size(partial) if any(_read_note(partial).values()) else 0
-                after = f"; run the same command again: it goes on after {kept:,} bytes" if kept else ""
-                raise UserError(f"cannot fetch {url} ({error}){after}") from error
-            time.sleep(PAUSE * 2**(failures - 1))
-    with _disk(path):
-        os.replace(partial, path)
-        _note(partial).unlink(missing_ok=True)
+    import requests  # here, since --check and mistakes need not wait for it
+
+    name = _file_name(url)
+    store = pooch.create(cache, "", registry={name: None}, urls={name: url}, retry_if_failed=RETRIES)
+    kept, deadline = cache / f"{name}.partial", time.monotonic() + limit / SLOWEST
+    with explained(cache / name):
+        while True:
+            before = _size(kept)
+            try:
+                requests.Request("GET", url).prepare()  # pooch would try a malformed address again
+                return Path(store.fetch(name, downloader=partial(_download, kept, limit, deadline)))
+            except requests.RequestException as error:
+                if _size(kept) <= before:
+                    after = f"; run the same command again: it goes on after {before:,} bytes" if before else ""
+                    raise UserError(f"cannot fetch {url} ({_cause(error)}){after}") from error
 
 
-def _transfer(url: str, partial: Path, limit: int) -> None:
-    have, known = _size(partial), _read_note(partial)
-    if have and have == known.get("length"):
-        return
+def _download(kept: Path, limit: int, deadline: float, url: str, output_file: str, _: pooch.Pooch) -> None:
+    """Download a file for pooch, from where an interrupted transfer stopped, which is in `kept`.
+
+    Raises requests.RequestException for what another attempt may mend, else UserError, or OSError where it is the disk.
+    """
+    import requests
+    import urllib3
+
+    note, have = kept.with_suffix(".etag"), _size(kept)
     headers = {"User-Agent": "idm-download", "Accept-Encoding": "identity"}
-    resumable = have and (known.get("validator") or known.get("length"))
-    if resumable:
-        headers["Range"] = f"bytes={have}-"
-        if known.get("validator"):
-            headers["If-Range"] = known["validator"]
-    with _open(Request(url, headers=headers), partial) as response:
-        if response.status == 206:
-            if not resumable or not _goes_on(response.headers, have, known):
-                _forget(partial)
-                raise Dropped("the file changed on the server meanwhile, or its parts do not fit together")
-            length = known.get("length")
-        else:
-            have, length = 0, _number(response.headers.get("Content-Length", ""))
-            known = {"validator": _validator(response.headers), "length": length}
-        if (length or 0) > limit:
-            raise UserError(f"{url} is larger than expected ({length:,} bytes), and was not fetched")
-        with _disk(partial):
-            _receive(response, partial, have, known, limit)
-    if length is not None and _size(partial) != length:
-        raise Dropped(f"the connection ended after {_size(partial):,} of {length:,} bytes")
+    if have:  # sent in full, should the file on the server have changed
+        headers |= {"Range": f"bytes={have}-", "If-Range": note.read_text()}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code in (403, 404, 410):  # 403: what storage services say of files that they do not list
+            raise NotThere(f"{url} is not there (HTTP {response.status_code})")
+        if response.status_code == 416:  # what is kept reaches beyond the file's end
+            note.unlink()
+        elif 400 <= response.status_code < 500 and response.status_code not in (408, 429):  # too slow, too often
+            raise UserError(f"cannot fetch {url} (HTTP {response.status_code}: {response.reason})")
+        response.raise_for_status()
+        have = have if response.status_code == 206 else 0
+        length = response.headers.get("Content-Length", "")
+        total = have + (int(length) if length.isdecimal() else 0)
+        with open(kept, "ab" if have else "wb") as file, tqdm(
+                total=total or None, initial=have, unit="B", unit_scale=True, leave=False, disable=None,
+                desc=unquote(_file_name(url))[9:39]) as bar:
+            if not have:
+                note.write_text(_validator(response))
+            try:
+                while total <= limit and (chunk := response.raw.read1(1 << 18)):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    total = max(total, file.tell())
+                    if time.monotonic() > deadline:
+                        raise UserError(f"{url} is too slow, and was given up")
+            except urllib3.exceptions.HTTPError as error:
+                raise requests.RequestException(error) from error
+    if total > limit:
+        kept.unlink()
+        raise UserError(f"{url} is larger than expected ({total:,} bytes or more), and was not fetched")
+    kept.replace(output_file)
+    note.unlink()
 
 
-def _receive(response: http.client.HTTPResponse, partial: Path, have: int, known: dict, limit: int) -> None:
-    bar = tqdm(total=known.get("length"), initial=have, unit="B", unit_scale=True, unit_divisor=1000, leave=False,
-               disable=None, desc=unquote(response.url.rpartition("/")[2])[-30:])
-    with bar, open(partial, "ab" if have else "wb") as file:
-        if not have:
-            write_whole(_note(partial), json.dumps(known).encode())  # after the file was emptied: it must never lie
-        for chunk in _chunks(response):
-            have += len(chunk)
-            if have > limit:
-                _forget(partial)
-                raise UserError(f"{response.url} is larger than expected (over {limit:,} bytes), and was given up")
-            file.write(chunk)
-            bar.update(len(chunk))
+def _file_name(url: str) -> str:
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.rpartition('/')[2][-80:]}"
 
 
-def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    try:
-        while chunk := response.read1(CHUNK):
-            yield chunk
-    except (OSError, http.client.HTTPException) as error:
-        raise Dropped(f"the connection broke: {first_line(error)}") from error
+def _validator(response) -> str:
+    """Return what If-Range takes: a strong ETag, else the date (RFC 9110, section 13.1.5), else ""."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
-def _open(request: Request, partial: Path) -> http.client.HTTPResponse:
-    try:
-        return urlopen(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        error.close()
-        if error.code in (403, 404, 410):  # 403: what storage services say of files that they do not list
-            raise NotThere(f"{request.full_url} is not there (HTTP {error.code})") from error
-        if error.code == 416:  # what is kept reaches beyond the file's end
-            _forget(partial)
-        if error.code in (408, 416, 429) or error.code >= 500:
-            raise Dropped(f"HTTP {error.code}: {error.reason}") from error
-        raise UserError(f"cannot fetch {request.full_url}: the server says {error.code} ({error.reason})") from error
-    except (ValueError, http.client.InvalidURL) as error:
-        raise UserError(f"{request.full_url} is not an address ({first_line(error)})") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)  # URLError wraps the error that tells more
-        raise Dropped(f"no connection: {first_line(reason) if isinstance(reason, Exception) else reason}") from error
+def _size(kept: Path) -> int:
+    """Return how many bytes there are of a file that the server can be asked to go on with."""
+    note = kept.with_suffix(".etag")
+    return kept.stat().st_size if kept.exists() and note.exists() and note.read_text() else 0
 
 
-def _validator(headers: http.client.HTTPMessage) -> str | None:
-    """What If-Range takes: a strong ETag, else the date (RFC 9110, section 13.1.5)."""
-    tag = headers.get("ETag", "")
-    return tag if tag.startswith('"') else headers.get("Last-Modified")
-
-
-def _goes_on(headers: http.client.HTTPMessage, have: int, known: dict) -> bool:
-    """Whether an answer to a Range request continues the very file that `known` describes."""
-    extent = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
-    return (extent is not None and int(extent[1]) == have
-            and _number(extent[2]) in (None, known.get("length"))
-            and _validator(headers) in (None, known.get("validator")))  # a date need not be repeated
-
-
-def _number(text: str) -> int | None:
-    return int(text) if re.fullmatch(r"\d{1,18}", text) else None
-
-
-def _note(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".json")
-
-
-def _read_note(partial: Path) -> dict:
-    try:
-        note = json.loads(_note(partial).read_text())
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
-
-
-def _forget(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    _note(partial).unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """What the disk refuses is a UserError; the network's faults are no OSError by then."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({first_line(error)}); see that the disk has room and that the folder "
-                        "can be written, then run the same command again") from error
+def _cause(error: BaseException) -> str:
+    """Return in a few words what was behind all that requests and urllib3 wrap it in."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return first_line(error)
 
 
 # --- archives ------------------------------------------------------------------------------------------------------
 
+class TooLarge(Exception):
+    """An archive claims to contain more than it should."""
+
+
 def archive_pictures(
     path: Path,
     label: str,  # what the archive is called in messages
-) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file in a zip or tar archive whose name is a picture's.
+) -> Iterator[Offer]:
+    """Yield each file in a zip or tar archive whose name is a picture's.
 
     Nothing is unpacked onto the disk, no link is followed, and the names are for messages alone: they may be absolute
     or climb out of their folder.
@@ -198,12 +227,10 @@ def archive_pictures(
     Raises UserError where it is no archive, or damaged, or unpacks to more than any archive of pictures should.
     """
     try:
-        if zipfile.is_zipfile(path):
-            yield from _zip_files(path, label)
-        else:
-            yield from _tar_files(path, label)
-    except UserError:
-        raise
+        for name, content in _zip_files(path) if zipfile.is_zipfile(path) else _tar_files(path):
+            yield f"{name!r} in {label}", PurePosixPath(name).name, content
+    except TooLarge as error:
+        raise UserError(f"{label} was not unpacked: {error}, which no archive of test pictures should") from error
     except Exception as error:  # what a damaged archive can raise is not written down anywhere
         with open(path, "rb") as file:
             start = file.read(20)
@@ -211,34 +238,40 @@ def archive_pictures(
                         f"{start!r})") from error
 
 
-def _zip_files(path: Path, label: str) -> Iterator[tuple[str, bytes]]:
+def _zip_files(path: Path) -> Iterator[tuple[str, bytes]]:
     total = 0
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if member.is_dir() or not _wanted(member.filename):
-                continue  # a link's content is but a path, which no checksum will fit
-            total += _allowed(label, member.filename, member.file_size, total, MEMBER_LIMIT)
-            with archive.open(member) as file:
-                # One byte more than it claims: unbounded, zipfile would unpack what a lying header hides.
-                yield member.filename, file.read(member.file_size + 1)
+            if not member.is_dir() and is_picture_name(PurePosixPath(member.filename).name):
+                total = _allow(member.filename, member.file_size, total, PICTURE_LIMIT)
+                with archive.open(member) as file:
+                    # One byte more than it claims: unbounded, zipfile would unpack what a lying header hides.
+                    yield member.filename, file.read(member.file_size + 1)
 
 
-def _tar_files(path: Path, label: str) -> Iterator[tuple[str, bytes]]:
+def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
     total = 0
-    with tarfile.open(path, "r:*") as archive:
+    with tarfile.open(path, "r:*", tarinfo=_TarHeader) as archive:
         for member in archive:
-            wanted = member.isreg() and _wanted(member.name)
-            total += _allowed(label, member.name, member.size, total, MEMBER_LIMIT if wanted else ARCHIVE_LIMIT)
+            wanted = member.isreg() and is_picture_name(PurePosixPath(member.name).name)
+            total = _allow(member.name, member.size, total, PICTURE_LIMIT if wanted else ARCHIVE_LIMIT)
             if wanted:
                 yield member.name, archive.extractfile(member).read()
 
 
-def _wanted(name: str) -> bool:
-    return is_picture_name(PurePosixPath(name).name)
+class _TarHeader(tarfile.TarInfo):
+    """A header that is refused before tarfile reads into memory all that it claims to tell about the next member."""
+
+    @classmethod
+    def frombuf(cls, *args) -> tarfile.TarInfo:
+        header = super().frombuf(*args)
+        if header.type not in tarfile.REGULAR_TYPES or header.type == tarfile.GNUTYPE_SPARSE:
+            _allow(header.name, header.size, 0, HEADER_LIMIT)
+        return header
 
 
-def _allowed(label: str, name: str, size: int, total: int, limit: int) -> int:
+def _allow(name: str, size: int, total: int, limit: int) -> int:
+    """Return the bytes of all members with this one; raises TooLarge where that is too much, or `size` for one."""
     if size > limit or total + size > ARCHIVE_LIMIT:
-        raise UserError(f"{label} was not unpacked: {name!r} would take {size:,} bytes, and the whole archive "
-                        f"{total + size:,} or more, which no archive of test pictures should")
-    return size
+        raise TooLarge(f"{name!r} would take {size:,} bytes, and the whole archive {total + size:,} or more")
+    return total + size
