@@ -130,7 +130,7 @@ def test_methods_and_root_together_in_this_order(place, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert [row["method"] for row in read(place / "out" / "Set11" / "25" / "averages.csv")] == [
         "z", "a", "<b>&", "Ten", "faulty", "five off"]
-    assert "no averages for Set11 at 25 %" in out
+    assert "no averages are published for Set11 at 25 %" in out
 
 
 def test_pictures_of_another_ratio_are_noted(place, tmp_path, monkeypatch, capsys):
