@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import checkpoint, compact_start
 from .couplings import Coupling
-from .operators import LinearOperator
+from .operators import LinearOperator, PaddedOperator
 from .reversible import ReversibleChain
 from .schedules import LearnedSchedule
 from .unet import UNet
@@ -100,7 +100,7 @@ class IDM(ModelMixin, ConfigMixin):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of an image must be multiples of this."""
+        """Height and width of what the network computes on are multiples of this; other images are padded inside."""
         return 2 * self.config.shuffle
 
     def forward(
@@ -111,21 +111,20 @@ class IDM(ModelMixin, ConfigMixin):
         """x̂, (batch, 1, H, W); not clamped.
 
         Raises:
-            ValueError: where the sides of the image are no multiples of `size_multiple`.
             TypeError: where something that needs a gradient is hidden from the engine (see `ReversibleChain`).
         """
         back_projection = operator.A_adjoint(y)
         height, width = back_projection.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:
-            raise ValueError(f"height and width must be multiples of {self.size_multiple}, not {height}x{width}; "
-                             "pad the image first")
+            operator = PaddedOperator(operator, (height, width), self.size_multiple)
+            back_projection = operator.transform_adjoint(back_projection)
         alpha_bar = self.schedule()
         x = alpha_bar[-1].sqrt() * back_projection
         contexts = [(self.unet, operator, y, back_projection, alpha_bar, step)
                     for step in range(self.config.num_steps, 0, -1)]
         x, h = self.steps(x, self.input_scale * x, contexts, store_every=self.store_every,
                           keep_last=self.store_every is not None, reversible=self.invertible in ("both", "sampling"))
-        return x + self.merge_scale * h
+        return (x + self.merge_scale * h)[..., :height, :width]
 
     def to(self, *args, **kwargs) -> "IDM":
         """As of any module; diffusers' own warns of parts kept in float32, of which there are none here."""

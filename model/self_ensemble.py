@@ -5,38 +5,31 @@ No new measurements are needed: A x = (A R⁻¹)(R x), so what A measures of x i
 """
 from torch import Tensor, nn
 
-from .operators import LinearOperator
+from .operators import TransformedOperator
 
 
-class OrientedOperator(LinearOperator):
+class OrientedOperator(TransformedOperator):
     """A R⁻¹: measures of a turned image what `operator`, A, measures of the image as it was.
 
     Args:
-        operator: A, with A Aᵀ = I.
+        operator: A.
         quarter_turns: how often R turns an image by 90 degrees, counter-clockwise,
         mirrored: and whether it then mirrors it, left to right.
     """
 
     def __init__(self, operator: nn.Module, quarter_turns: int, mirrored: bool):
-        super().__init__()
-        self.operator, self.quarter_turns, self.mirrored = operator, quarter_turns, mirrored
-        self.same_for_all = getattr(operator, "same_for_all", False)
+        super().__init__(operator)
+        self.quarter_turns, self.mirrored = quarter_turns, mirrored
 
-    def A(self, x: Tensor) -> Tensor:
-        return self.operator.A(self.turn_back(x))
-
-    def A_adjoint(self, y: Tensor) -> Tensor:
-        return self.turn(self.operator.A_adjoint(y))
-
-    def turn(self, x: Tensor) -> Tensor:
-        """R x: (..., H, W) -> the same, or (..., W, H)."""
-        x = x.rot90(self.quarter_turns, (-2, -1))
-        return x.flip(-1) if self.mirrored else x
-
-    def turn_back(self, x: Tensor) -> Tensor:
-        """R⁻¹ x."""
+    def transform(self, x: Tensor) -> Tensor:
+        """R⁻¹ x: (..., H, W) -> the same, or (..., W, H)."""
         x = x.flip(-1) if self.mirrored else x
         return x.rot90(-self.quarter_turns, (-2, -1))
+
+    def transform_adjoint(self, x: Tensor) -> Tensor:
+        """R x."""
+        x = x.rot90(self.quarter_turns, (-2, -1))
+        return x.flip(-1) if self.mirrored else x
 
 
 class SelfEnsemble(nn.Module):
@@ -46,7 +39,8 @@ class SelfEnsemble(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, y: Tensor, operator: nn.Module) -> Tensor:
-        """x̂, (batch, 1, H, W), from y = operator.A(x); not clamped."""
+    def forward(self, y: Tensor, operator: nn.Module, noise_level: Tensor | None = None) -> Tensor:
+        """x̂, (batch, 1, H, W), from y = operator.A(x), and the noise of y where the network takes it; not clamped."""
+        told = {} if noise_level is None else {"noise_level": noise_level}
         oriented = [OrientedOperator(operator, turns, mirrored) for turns in range(4) for mirrored in (False, True)]
-        return sum(each.turn_back(self.net(y, each)) for each in oriented) / len(oriented)
+        return sum(each.transform(self.net(y, each, **told)) for each in oriented) / len(oriented)

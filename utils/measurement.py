@@ -83,25 +83,24 @@ class Measurement:
         digest = hashlib.sha256(":".join((str(self.seed), *key)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
-    def measure(
+    def add_noise(
         self,
-        x: Tensor,  # (batch, channels, H, W)
-        operator: LinearOperator,
-        generators: Sequence[torch.Generator],  # of the noise, one for each image; several may be the same one
+        y: Tensor,  # A x, image after image along the first dimension
+        generators: Sequence[torch.Generator],  # one for each image; several may be the same one
     ) -> tuple[Tensor, Tensor | None]:
-        """Return y = A x + σ n and σ (batch,); A x and None where there is no noise.
+        """Return y + σ n and σ (batch,), drawn for each image; y and None where there is no noise.
 
         Of complex measurements the real and the imaginary part get noise of standard deviation σ each.
         """
-        y, (low, high) = operator.A(x), self.noise
+        low, high = self.noise
         if high == 0:
             return y, None
-        levels = [low + (high - low) * float(torch.rand((), generator=generator)) if low < high else low
-                  for generator in generators]
         parts = torch.view_as_real(y) if y.is_complex() else y
-        added = torch.stack([level * torch.randn(parts.shape[1:], generator=generator)
-                             for level, generator in zip(levels, generators, strict=True)])
-        parts = parts + added.to(parts.device, parts.dtype)
+        levels, added = [], []
+        for _, generator in zip(y, generators, strict=True):
+            levels.append(low + (high - low) * float(torch.rand((), generator=generator)))
+            added.append(levels[-1] * torch.randn(parts.shape[1:], generator=generator))
+        parts = parts + torch.stack(added).to(parts.device, parts.dtype)
         return (torch.view_as_complex(parts) if y.is_complex() else parts), torch.tensor(levels, device=y.device)
 
     @property

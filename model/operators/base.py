@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LinearOperator(nn.Module):
@@ -52,8 +53,60 @@ class LinearOperator(nn.Module):
         """A⁺y, the least-squares image of least norm; equal to Aᵀy since A Aᵀ = I."""
         return self.A_adjoint(y)
 
+    def measured(self, y: Tensor) -> float:
+        """Return how many numbers y holds of an image, not counting those that are 0 by construction."""
+        return y[0].numel()
+
     def forward(self, x: Tensor) -> Tensor:
         return self.A(x)
+
+
+class TransformedOperator(LinearOperator):
+    """A T, for an operator A and a transform T of images with T Tᵀ = I; a subclass gives T and Tᵀ."""
+
+    def __init__(self, operator: nn.Module):
+        super().__init__()
+        self.operator = operator
+        self.same_for_all = getattr(operator, "same_for_all", False)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Return T x."""
+        raise NotImplementedError
+
+    def transform_adjoint(self, x: Tensor) -> Tensor:
+        """Return Tᵀ x."""
+        raise NotImplementedError
+
+    def A(self, x: Tensor) -> Tensor:
+        return self.operator.A(self.transform(x))
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return self.transform_adjoint(self.operator.A_adjoint(y))
+
+    def A_dagger(self, y: Tensor) -> Tensor:
+        return self.transform_adjoint(self.operator.A_dagger(y))
+
+
+class PaddedOperator(TransformedOperator):
+    """Measures the first H rows and W columns of a larger image, of which nothing else is measured.
+
+    Args:
+        operator: of images of (H, W) = image_shape.
+        multiple: the sides of the larger image are the next multiples of it.
+    """
+
+    def __init__(self, operator: nn.Module, image_shape: tuple[int, int], multiple: int):
+        super().__init__(operator)
+        self.image_shape, self.multiple = tuple(image_shape), multiple
+
+    def transform(self, x: Tensor) -> Tensor:
+        height, width = self.image_shape
+        return x[..., :height, :width]
+
+    def transform_adjoint(self, x: Tensor) -> Tensor:
+        """Return x with zeros below and to the right."""
+        height, width = self.image_shape
+        return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
 
 
 class PerImageOperator(LinearOperator):
@@ -71,6 +124,10 @@ class PerImageOperator(LinearOperator):
 
     def A_dagger(self, y: Tensor) -> Tensor:
         return self._each("A_dagger", y)
+
+    def measured(self, y: Tensor) -> float:
+        each = zip(self.operators, y.split(1), strict=True)
+        return sum(operator.measured(part) for operator, part in each) / len(y)
 
     def _each(self, method: str, batch: Tensor) -> Tensor:
         if len(batch) != len(self.operators):

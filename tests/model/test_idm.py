@@ -239,9 +239,38 @@ def test_wrong_use():
         net.invertible = "all"
     with pytest.raises(ValueError, match="store_every must be None or at least 1, not 0"):
         net.store_every = 0
-    operator = BlockCompressedSensing.random((6, 6), 0.5, 6, torch.Generator())
-    with pytest.raises(ValueError, match="multiples of 4, not 6x6"):
-        net(operator.A(torch.rand(1, 1, 6, 6)), operator)
+
+
+class Dense(LinearOperator):
+    """A matrix (measurements, pixels) of images of (H, W)."""
+
+    def __init__(self, matrix: Tensor, image_shape: tuple[int, int]):
+        super().__init__()
+        self.matrix, self.image_shape = matrix, image_shape
+
+    def A(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.matrix.T
+
+    def A_adjoint(self, y: Tensor) -> Tensor:
+        return (y @ self.matrix).view(len(y), 1, *self.image_shape)
+
+
+def test_images_of_any_size_are_padded_inside_and_nothing_more_is_measured():
+    """As the network on the padded image, of which a matrix with columns of zeros measures the image alone."""
+    torch.manual_seed(0)
+    net, x = IDM((32, 64), 2), torch.rand(2, 1, 6, 7)
+    operator = BlockCompressedSensing.random((6, 7), 0.5, 1, torch.Generator().manual_seed(0))
+    pixels = torch.eye(42).view(42, 1, 6, 7)
+    matrix = operator.A(pixels).flatten(1).T
+    wide = torch.zeros(len(matrix), 8, 8)
+    wide[:, :6, :7] = matrix.view(-1, 6, 7)
+    expected = net(Dense(wide.flatten(1), (8, 8)).A(torch.nn.functional.pad(x, (0, 1, 0, 2))),
+                   Dense(wide.flatten(1), (8, 8)))[..., :6, :7]
+    found = net(operator.A(x), operator)
+    assert found.shape == x.shape and (found - expected).abs().max() <= 1e-5
+    expected, found = (torch.autograd.grad((x_hat - x).square().mean(), net.input_scale)[0]
+                       for x_hat in (expected, found))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_compact_start():
