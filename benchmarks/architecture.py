@@ -13,12 +13,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.pictures import plt, save  # noqa: E402
 from model import IDM  # noqa: E402
-from model.reversible import Coupling  # noqa: E402
+from model.couplings import WeightedCoupling  # noqa: E402
 
 COLOURS = {"Resnet": "#cfe2f3", "Attention": "#fce5cd", "Injector": "#d9ead3", "SamplingStep": "#ead1dc"}
 PLAIN = "#eeeeee"
 LEGEND = """thick frame:
-a Coupling
+a coupling
 
 thin frame:
 outside the
@@ -54,7 +54,7 @@ def draw_chain(axes: plt.Axes, net: IDM) -> None:
     before = start
     for coupling, t in zip(net.steps, range(len(net.steps), 0, -1), strict=True):
         current = box(axes, before[0] + before[2] + 0.9, 9.5, 2.9, f"{type(coupling.body).__name__}, t = {t}",
-                      COLOURS[type(coupling.body).__name__], reversible=isinstance(coupling, Coupling))
+                      COLOURS[type(coupling.body).__name__], reversible=isinstance(coupling, WeightedCoupling))
         arrows = ("√ᾱ_T",) if before is start else ("x", "h")
         for lane, label in enumerate(arrows):
             height = 9.5 + (0.13 - 0.26 * lane if len(arrows) > 1 else 0)

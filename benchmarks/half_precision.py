@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from model import IDM, BlockCompressedSensing, LinearOperator
+from model.couplings import WeightedCoupling
 from model.injector import Injector
 from model.precision import FullPrecisionConv2d
-from model.reversible import Coupling
 from model.unet import Attention, Resnet
 
 aten = torch.ops.aten
@@ -129,7 +129,7 @@ def half_alone(net: IDM, operator: LinearOperator, ingredient: str, half: torch.
             bodies = [coupling.body for coupling in net.steps]
             stack.enter_context(replaced(bodies, partial(_half_sampling_step, half=half)))
         elif ingredient == "level two's streams":
-            stack.enter_context(replaced(_all(net.unet, Coupling), partial(_half_streams, half=half)))
+            stack.enter_context(replaced(_all(net.unet, WeightedCoupling), partial(_half_streams, half=half)))
         else:
             stack.enter_context(replaced(INGREDIENTS[ingredient](net), partial(_in_half, half=half)))
         yield operator

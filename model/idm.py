@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checkpoint, compact_start
-from .couplings import Coupling
+from .couplings import WeightedCoupling
 from .operators import LinearOperator, PaddedOperator
 from .reversible import ReversibleChain
 from .schedules import LearnedSchedule
@@ -71,7 +71,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.schedule = LearnedSchedule(num_steps)
         self.input_scale = nn.Parameter(torch.ones(1))  # s_in
         self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
-        self.steps = ReversibleChain(Coupling(SamplingStep()) for _ in range(num_steps))  # t = T, …, 1
+        self.steps = ReversibleChain(WeightedCoupling(SamplingStep()) for _ in range(num_steps))  # t = T, …, 1
         self.store_every = 1
         self.invertible = "both"
 

@@ -1,17 +1,13 @@
-"""Couplings, and chains of them that run without keeping activations: the engine of invertible training.
+"""Chains of couplings that run without keeping activations: the engine of invertible training.
 
-A coupling (the paper's "wiring") makes any function f invertible by carrying a second stream along:
+A coupling turns two streams into two others and back (couplings.py).  Forward, a chain runs its couplings without a
+graph and keeps its two output streams.  Backward, it walks from the end: rebuild a coupling's input from its output,
+compute the coupling once more with a graph, and differentiate it alone.  Everything a coupling reads that can have a
+gradient (streams, context, parameters) is an explicit input of the autograd function and has its gradient returned, so
+that accumulation, hooks, DistributedDataParallel and repeated use are autograd's own.
 
-    y₁ = (1 − v) f(x₁, *context) + v x₂        x₁ = y₂
-    y₂ = x₁                                    x₂ = (y₁ − (1 − v) f(y₂, *context)) / v
-
-Forward, a chain runs its couplings without a graph and keeps its two output streams.  Backward, it walks from the end:
-compute f once with a graph, rebuild x from y, and differentiate that one coupling.  Everything f reads that can have a
-gradient (streams, v's, context, parameters) is an explicit input of the autograd function and has its gradient
-returned, so that accumulation, hooks, DistributedDataParallel and repeated use are autograd's own.
-
-This file knows nothing of images, operators or diffusion.  f must be deterministic, for it is computed twice, and one
-thread at a time may differentiate a module.
+This file knows nothing of images, operators, diffusion, or what a coupling computes.  A coupling must be deterministic,
+for it is computed twice, and one thread at a time may differentiate a module.
 """
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,16 +19,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from .couplings import Coupling
-
 
 class ReversibleChain(nn.ModuleList):
-    """Couplings one after the other.
+    """Couplings one after the other: modules with a `forward` and an `inverse` (see couplings.py).
 
-    A context, one tuple a coupling, is what f reads beside its stream.  Tensors in it, and parameters and buffers of
-    modules in it, are differentiated like all else.  Nowhere else may a tensor hide that needs a gradient, which would
-    be lost: objects and modules with one among their attributes, or in a list, tuple or dictionary there, are refused,
-    and so are contexts with such containers.  What lies deeper, or in a closure, is not found.
+    A context, one tuple a coupling, is what it reads beside its streams; it may hold tuples in turn.  Tensors in it,
+    and parameters and buffers of modules in it, are differentiated like all else.  Nowhere else may a tensor hide that
+    needs a gradient, which would be lost: objects and modules with one among their attributes, or in a list, tuple or
+    dictionary there, are refused, and so are contexts with lists and dictionaries.  What lies deeper, or in a closure,
+    is not found.
     """
 
     def forward(
@@ -77,7 +72,15 @@ class ReversibleChain(nn.ModuleList):
         return contexts
 
 
+Streams = tuple[Tensor, Tensor]
 Slot = tuple[dict[str, Tensor | None], str, int]  # where a module keeps a tensor: dictionary, name; and its number
+
+
+@dataclass
+class _Number:
+    """Of a tensor among a chain's inputs."""
+
+    value: int
 
 
 @contextmanager
@@ -127,45 +130,57 @@ class _Inputs:
 class _Call:
     """One coupling and its context, with the tensors it reads replaced by their numbers among the chain's inputs."""
 
-    coupling: Coupling
-    context: list  # None in place of a tensor
-    tensors: dict[int, int]  # position in the context -> number
+    coupling: nn.Module
+    context: tuple  # _Number in place of a tensor
     slots: list[list[Slot]]  # of the coupling and of each module in the context
 
     @classmethod
-    def of(cls, coupling: Coupling, context: tuple, inputs: _Inputs) -> "_Call":
-        for item in context:
-            if isinstance(item, Mapping | list | tuple | set):
-                raise TypeError(f"a context holds tensors, modules and constants, not a {type(item).__name__}")
-            if not isinstance(item, Tensor | nn.Module):  # modules: see _Inputs.slots
-                _check_for_hidden(item)
-        return cls(
-            coupling=coupling,
-            context=[None if isinstance(item, Tensor) else item for item in context],
-            tensors={i: inputs.number(item) for i, item in enumerate(context) if isinstance(item, Tensor)},
-            slots=[inputs.slots(item) for item in (coupling, *context) if isinstance(item, nn.Module)],
-        )
+    def of(cls, coupling: nn.Module, context: tuple, inputs: _Inputs) -> "_Call":
+        slots = [inputs.slots(coupling)]
 
-    def context_of(self, tensors: Sequence[Tensor]) -> list[Any]:
-        return [tensors[self.tensors[i]] if i in self.tensors else item for i, item in enumerate(self.context)]
+        def numbered(item: Any) -> Any:
+            if isinstance(item, tuple):
+                return tuple(map(numbered, item))
+            if isinstance(item, Mapping | list | set):
+                raise TypeError(f"a context holds tensors, modules, constants and tuples, not a {type(item).__name__}")
+            if isinstance(item, Tensor):
+                return _Number(inputs.number(item))
+            if isinstance(item, nn.Module):
+                slots.append(inputs.slots(item))
+            else:
+                _check_for_hidden(item)
+            return item
+
+        return cls(coupling, numbered(tuple(context)), slots)
+
+    def context_of(self, tensors: Sequence[Tensor]) -> tuple:
+        def filled(item: Any) -> Any:
+            if isinstance(item, tuple):
+                return tuple(map(filled, item))
+            return tensors[item.value] if isinstance(item, _Number) else item
+
+        return filled(self.context)
 
     def graph(
         self,
-        x1: Tensor,
-        x2: Tensor | None,  # None: rebuilt from y1
-        y1: Tensor | None,
+        x: Streams | None,  # None: rebuilt from y
+        y: Streams | None,
         leaves: Sequence[Tensor],  # stand-ins for the chain's inputs
         autocast: torch.autocast,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The coupling with a graph: x₁ and x₂, which are leaves of it, and y₁."""
-        x1 = x1.detach().requires_grad_()
+    ) -> tuple[Streams, Streams]:
+        """The coupling with a graph: x, which are leaves of it, and y."""
+        coupling, context = self.coupling, self.context_of(leaves)
         # The modules read the stand-ins in place of their own tensors, and what they had in forward of all others.
-        with holding((held, name, leaves[number]) for slots in self.slots for held, name, number in slots):
-            with torch.enable_grad(), autocast:
-                fx = self.coupling.body(x1, *self.context_of(leaves)).to(x1.dtype)
-            x2 = (self.coupling.unmix(fx.detach(), y1) if x2 is None else x2).detach().requires_grad_()
+        with holding((held, name, leaves[number]) for slots in self.slots for held, name, number in slots), autocast:
+            if x is None and hasattr(coupling, "rebuild"):
+                with torch.enable_grad():
+                    return coupling.rebuild(*y, *context)
+            if x is None:
+                with torch.no_grad():
+                    x = coupling.inverse(*y, *context)
             with torch.enable_grad():
-                return x1, x2, self.coupling.mix(fx, x2)
+                x = tuple(stream.detach().requires_grad_() for stream in x)
+                return x, tuple(coupling(*x, *context))
 
 
 class _Chain(torch.autograd.Function):
@@ -179,9 +194,10 @@ class _Chain(torch.autograd.Function):
         for passed, call in enumerate(calls, start=1):
             if keep_last and passed == len(calls):
                 leaves, own = _leaves(tensors)
-                graph = call.graph(x1, x2, None, leaves, _autocast(ctx))
+                graph = call.graph((x1, x2), None, leaves, _autocast(ctx))
                 ctx.last = leaves, own, graph
-                x1, x2 = graph[2].detach(), x1
+                streams = {id(leaf): stream for leaf, stream in zip(graph[0], (x1, x2), strict=True)}
+                x1, x2 = (streams[id(new)] if id(new) in streams else new.detach() for new in graph[1])
             else:
                 x1, x2 = call.coupling(x1, x2, *call.context_of(tensors))
             if passed == len(calls) or (store_every and passed % store_every == 0):
@@ -200,17 +216,16 @@ class _Chain(torch.autograd.Function):
         leaves, own, graph = ctx.last or (*_leaves(tensors), None)
         ctx.last = None  # its graph can be walked once only
         needed = [leaf for leaf in leaves if leaf.requires_grad]
-        x1 = x2 = None
+        x = None
         for passed in range(len(ctx.calls), 0, -1):
             if graph is None:
-                y1, y2 = stored.pop(passed, (x1, x2))
-                x1, x2 = stored.get(passed - 1, (y2, None))
-                graph = ctx.calls[passed - 1].graph(x1, x2, y1, leaves, _autocast(ctx))
-            x1, x2, y1 = graph
-            y2 = graph = None
-            y1 = get_gradient_edge(y1)  # of y₁ itself nothing needs to be held while the graph is walked
-            torch.autograd.backward((y1, x1), grads, inputs=[x1, x2, *needed])  # adds to the leaves' gradients
-            grads, x1, x2 = (x1.grad, x2.grad), x1.detach(), x2.detach()
+                y = stored.pop(passed, x)
+                graph = ctx.calls[passed - 1].graph(stored.get(passed - 1), y, leaves, _autocast(ctx))
+            x, y = graph
+            graph = None
+            y = tuple(map(get_gradient_edge, y))  # of y itself nothing needs to be held while the graph is walked
+            torch.autograd.backward(y, grads, inputs=[*x, *needed])  # adds to the leaves' gradients
+            grads, x = tuple(stream.grad for stream in x), tuple(stream.detach() for stream in x)
         found = (leaf.grad if is_own else None for leaf, is_own in zip(leaves, own, strict=True))
         return None, None, None, *grads, *found
 

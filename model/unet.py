@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .couplings import Coupling
+from .couplings import WeightedCoupling
 from .feed_forward import PartwiseFeedForward
 from .injector import Injector
 from .operators import LinearOperator
@@ -71,7 +71,7 @@ class DownBlock(nn.Module):
         for pair in range(PAIRS_DOWN):
             resnet = [] if pair == 0 and self.entry is not None else [Resnet(channels, channels, norm_groups)]
             bodies = [*resnet, *_injected_attention(channels, heads, norm_groups, factor, num_steps)]
-            self.chains.append(ReversibleChain(map(Coupling, bodies)))
+            self.chains.append(ReversibleChain(map(WeightedCoupling, bodies)))
         self.merge_scales = nn.Parameter(torch.zeros(PAIRS_DOWN))  # m of each pair
         self.downsample = Downsample2D(channels, use_conv=True, padding=1, name="op") if downsample else None
 
@@ -110,7 +110,7 @@ class UpBlock(nn.Module):
         bodies = _injected_attention(*attention)
         for skip in skip_channels[1:]:
             bodies += [Resnet(channels + skip, channels, norm_groups), *_injected_attention(*attention)]
-        self.chain = ReversibleChain(map(Coupling, bodies))
+        self.chain = ReversibleChain(map(WeightedCoupling, bodies))
         self.merge_scale = nn.Parameter(torch.zeros(1))  # m
         self.upsample = Upsample2D(channels, use_conv=True) if upsample else None
 

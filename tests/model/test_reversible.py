@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.reversible import Coupling, ReversibleChain
+from model.couplings import AdditiveCoupling, WeightedCoupling
+from model.reversible import ReversibleChain
 from tests.conftest import DEVICES
 
 
@@ -29,7 +30,7 @@ class Body(nn.Module):
 
 def make_chain(depth: int, width: int = 6, dtype: torch.dtype = torch.float64) -> ReversibleChain:
     torch.manual_seed(depth)
-    chain = ReversibleChain(Coupling(Body(width), v=0.3 + 0.1 * i % 0.5) for i in range(depth))
+    chain = ReversibleChain(WeightedCoupling(Body(width), v=0.3 + 0.1 * i % 0.5) for i in range(depth))
     return chain.to(dtype)
 
 
@@ -86,33 +87,74 @@ def test_streams_kept_every_second_coupling_leave_nothing_to_be_rebuilt():
     assert worst[2] <= 1e-6 and worst[3] > 1e-4
 
 
-class Additive(Coupling):
-    """y₁ = f(x₁) + x₂, y₂ = x₁: two of them, with F and G, are the additive coupling of RevNets."""
+class Affine(nn.Module):
+    """y₁ = x₁ exp(s(x₂)) + c t(x₂), y₂ = x₂, with c from the context: only what a coupling must have."""
 
-    def __init__(self, body: nn.Module):
-        nn.Module.__init__(self)
-        self.body = body
+    def __init__(self, width: int):
+        super().__init__()
+        self.s, self.t = nn.Linear(width, width), nn.Linear(width, width)
 
-    def mix(self, fx: Tensor, x2: Tensor) -> Tensor:
-        return fx + x2
+    def forward(self, x1: Tensor, x2: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return x1 * self.s(x2).tanh().exp() + self.t(x2) * sum(context), x2
 
-    def unmix(self, fx: Tensor, y1: Tensor) -> Tensor:
-        return y1 - fx
+    def inverse(self, y1: Tensor, y2: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return (y1 - self.t(y2) * sum(context)) * (-self.s(y2).tanh()).exp(), y2
 
 
-def test_another_coupling_is_one_class():
+class Swapped(Affine):
+    """The same on the other stream, so that both change."""
+
+    def forward(self, x1: Tensor, x2: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x2, x1, *context)[::-1]
+
+    def inverse(self, y1: Tensor, y2: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        return super().inverse(y2, y1, *context)[::-1]
+
+
+@pytest.mark.parametrize("keep_last", [False, True])
+@pytest.mark.parametrize("store_every", [None, 1, 2])
+def test_another_coupling_is_one_class(store_every, keep_last):
+    """Couplings that the engine has never seen, mixed with ours, against plain autograd."""
+    torch.manual_seed(0)
+    chain = ReversibleChain([Affine(6), WeightedCoupling(Body(6)), Swapped(6), AdditiveCoupling(Body(6), Body(6)),
+                             Swapped(6)]).double()
+    c = torch.randn(1, dtype=torch.float64, requires_grad=True)
+    contexts = [(c,), (c,), (c, c), ((c,), ()), (c,)]
+    inputs = [*streams(), c, *(p for name, p in chain.named_parameters() if "unused" not in name)]
+    with torch.no_grad():
+        back = chain.inverse(*chain(*inputs[:2], contexts), contexts)
+    assert max(relative(b, a) for a, b in zip(inputs[:2], back, strict=True)) <= 1e-12
+    gradients = []
+    for reversible in (False, True):
+        y = chain(*inputs[:2], contexts, reversible=reversible, store_every=store_every, keep_last=keep_last)
+        gradients.append(torch.autograd.grad(loss_of(*y), inputs))
+    assert all(relative(ours, plain) <= 1e-9 for plain, ours in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("context", ["one for both", "one for each"])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_additive_coupling_equals_its_formulas(half, context):
+    """y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), or y₂ = x₂ without G; and its gradients against plain autograd's of these."""
     torch.manual_seed(0)
     f, g = Body(6).double(), Body(6).double()
-    chain, (a, b) = ReversibleChain([Additive(f), Additive(g)]), streams()
-    y2, y1 = chain(b, a)
-    expected1 = a + f(b)
-    expected2 = b + g(expected1)
-    assert relative(y1, expected1) <= 1e-12 and relative(y2, expected2) <= 1e-12
-    assert max(relative(x, back) for x, back in zip((b, a), chain.inverse(y2, y1), strict=True)) <= 1e-12
-    inputs = [a, b, *f.linear.parameters(), *g.linear.parameters()]
-    ours = torch.autograd.grad(loss_of(y1, y2), inputs)
-    plain = torch.autograd.grad(loss_of(expected1, expected2), inputs)
-    assert all(relative(x, y) <= 1e-9 for x, y in zip(ours, plain, strict=True))
+    (x1, x2), c, d = streams(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True), torch.tensor(0.3).double()
+    of_f, of_g = ((c,), (c,)) if context == "one for both" else ((c, 0.5), (d,))
+    given = (c,) if context == "one for both" else (of_f,) if half else (of_f, of_g)
+    y1 = x1 + f(x2, *of_f)
+    expected = (y1, x2 if half else x2 + g(y1, *of_g))
+    chain = ReversibleChain([AdditiveCoupling(f, None if half else g)])
+    y = chain(x1, x2, [given])
+    assert all(relative(ours, plain) <= 1e-12 for ours, plain in zip(y, expected, strict=True))
+    assert all(relative(ours, x) <= 1e-12 for ours, x in zip(chain.inverse(*y, [given]), (x1, x2), strict=True))
+    inputs = [x1, x2, c, *f.linear.parameters(), *(() if half else g.linear.parameters())]
+    found = [torch.autograd.grad(loss_of(*each), inputs) for each in (y, expected)]
+    assert all(relative(ours, plain) <= 1e-9 for ours, plain in zip(*found, strict=True))
+
+
+def test_an_additive_coupling_with_too_many_contexts():
+    coupling = AdditiveCoupling(nn.Identity())
+    with pytest.raises(ValueError, match="one tuple for each of the 1, not 2 tuples"):
+        coupling(*streams(), (), ())
 
 
 class Nested(nn.Module):
@@ -134,7 +176,7 @@ class Nested(nn.Module):
 def test_chains_within_a_chain(keep_last, offloaded):
     """Also where saved tensors come back as others, as those offloaded to the CPU do."""
     body = Nested(make_chain(3)).double()
-    chain = ReversibleChain(Coupling(body) for _ in range(3)).double()  # one body in all, as there is one U-Net
+    chain = ReversibleChain(WeightedCoupling(body) for _ in range(3)).double()  # one body in all, as there is one U-Net
     shared = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     inputs = [*streams(), shared, body.gain, *(p for name, p in body.inner.named_parameters() if "unused" not in name)]
     gradients = []
@@ -252,7 +294,7 @@ def test_one_chain_used_twice_in_one_graph():
 def test_hooks_run_once_on_the_full_gradient():
     """A hook on a parameter sees what autograd's own would: one call, with the sum over a shared body's uses."""
     body = Body(6).double()
-    chain = ReversibleChain(Coupling(body) for _ in range(3)).double()
+    chain = ReversibleChain(WeightedCoupling(body) for _ in range(3)).double()
     calls = []
     body.linear.weight.register_hook(lambda grad: calls.append(grad.clone()))
     x = streams()
