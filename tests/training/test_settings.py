@@ -1,10 +1,12 @@
-"""What ratios a run draws, which it tests, and what its folder is called."""
+"""What a run draws ratios from, which it tests and what its folder is called; with what settings it may go on."""
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
 
-from utils.training.settings import Ratios, training_ratios
+from utils.errors import UserError
+from utils.training.settings import Ratios, Settings, check_configuration, training_ratios
 
 
 def test_ratios_are_a_number_several_or_a_range():
@@ -33,3 +35,21 @@ def test_names_and_tests_of_a_range_are_not_those_of_its_ends():
                                ("0.2-0.25", "R_0.20to0.25_T_3_B_32", [0.2, 0.25])]:
         assert training_ratios(text).run_name(3, 32) == name
         assert training_ratios(text).to_test == tested
+
+
+def test_a_run_goes_on_only_with_the_settings_that_decide_its_weights():
+    saved, folder = Settings(precision="fp32").completed().deciding(), Path("weight")
+    free = Settings(precision="fp32", epoch=7, invertible="none", compile=True, model_dir=folder, max_iters=3)
+    check_configuration(saved, free.completed().deciding(), folder)
+    other = Settings(precision="fp32", batch_size=4, ema=0.9, cs_ratio=Ratios((0.1, 0.3))).completed().deciding()
+    with pytest.raises(UserError, match="weight holds a run with other settings: batch_size was 8, is 4; "
+                                        "cs_ratio was 0.1, is 0.1 / 0.3; ema was None, is 0.9; use the same"):
+        check_configuration(saved, other, folder)
+    # An epoch's number decides where the rate follows from it; states know nothing of settings younger than they are.
+    cosine = [Settings(lr_schedule="cosine", warm_up=0, epoch=epoch).deciding() for epoch in (5, 6)]
+    with pytest.raises(UserError, match="epoch was 5, is 6; use"):
+        check_configuration(*cosine, folder)
+    young = {name: value for name, value in saved.items() if name != "loss"}
+    check_configuration(young, saved, folder)
+    with pytest.raises(UserError, match="loss was l1, is log_mse"):
+        check_configuration(young, {**saved, "loss": "log_mse"}, folder)

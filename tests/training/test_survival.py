@@ -59,9 +59,9 @@ def train(pictures: Path, place: Path, processes: int, kills: int, longest_life:
 def final(place: Path) -> dict:
     """What a run ended with, but for what a kill may change: nothing."""
     state, notes = training_state.load_newest_state(place / "weight" / NAME)
-    assert state["progress"]["iteration"] == 60 and not notes
-    assert state.pop("unlogged")["iteration"] == 60  # with the seconds that it took
-    return state
+    assert state.progress.iteration == 60 and not notes
+    assert state.unlogged.pop("iteration") == 60
+    return {**vars(state), "unlogged": None}  # which holds the seconds that it took
 
 
 def same(a: object, b: object) -> bool:
@@ -127,8 +127,8 @@ def test_two_processes_train_as_one_that_accumulates_and_can_take_turns_with_it(
     call(tmp_path / "one", processes=1, accumulate=2, iterations=5)
     one, two = (training_state.load_newest_state(tmp_path / place / "weight" / NAME)[0] for place in ("one", "two"))
     # Not only within rounding: the mean of two gradients is the same in either order.
-    assert all(same(one[part], two[part]) for part in ("model", "ema", "optimizer"))
-    assert one["progress"]["crops"] == 10 and one["progress"] == pytest.approx(two["progress"], rel=1e-6)
+    assert all(same(getattr(one, part), getattr(two, part)) for part in ("model", "ema", "optimizer"))
+    assert one.progress.crops == 10 and vars(one.progress) == pytest.approx(vars(two.progress), rel=1e-6)
     printed = call(tmp_path / "two", processes=1, accumulate=2, iterations=6)
     assert "2 process(es) wrote the state, 1 go on; an iteration was 2 crops, and is 2" in printed
     printed = call(tmp_path / "two", processes=2, accumulate=2, iterations=7)

@@ -4,9 +4,8 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -16,21 +15,18 @@ import torch
 
 import train
 from model import IDM
-from model.operators import random_sampling_matrix
 from tests.test_files import held_by_another_process
 from utils import files
-from utils.distributed import Process
+from utils.distributed import Process, Pulse
 from utils.errors import UserError, run
-from utils.training import report as training_report
-from utils.training import state as training_state
-from utils.training.run import check_agreement
+from utils.training import loop, report, start
+from utils.training.settings import Settings
+from utils.training.state import TrainingState, list_states, load_newest_state
 
-ROOT = Path(__file__).resolve().parents[2]
 NAME = "R_0.10-0.50_T_2_B_16"
 FLAGS = ["--base_model", "compact", "--width", "32", "--shuffle", "4", "--step_number", "2", "--cs_ratio", "0.5,0.1",
          "--block_size", "16", "--patch_size", "32", "--batch_size", "2", "--epoch", "2", "--iters_per_epoch", "2",
          "--device", "cpu", "--testset_name", "Tiny"]
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +47,11 @@ def flags(data: Path, place: Path, *more: str) -> list[str]:
             *more]
 
 
-def start(*arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    """Run train.py as a process of its own; what it prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *launcher, str(ROOT / "train.py"), *arguments], env=environment,
-                            capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def call_train(place: Path, data: Path, *more: str) -> None:
+    """Run train.py in this process, in a place of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *flags(data, place, *more)])
+        run(train.main)
 
 
 def weights(place: Path) -> dict[str, torch.Tensor]:
@@ -69,20 +63,30 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> tuple[Path, str]:
-    """An uninterrupted run: its place, and what it printed."""
+def whole(data, tmp_path_factory) -> Path:
+    """The place of an uninterrupted run."""
     place = tmp_path_factory.mktemp("whole")
-    return place, start(*flags(data, place))
+    call_train(place, data)
+    return place
+
+
+@pytest.fixture
+def call(data, tmp_path) -> Callable[..., None]:
+    def call(*more: str, place: Path = tmp_path) -> None:
+        call_train(place, data, *more)
+    return call
+
+
+def read_state(place: Path) -> TrainingState:
+    return load_newest_state(place / "weight" / NAME)[0]
 
 
 def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
-    place, printed = whole
-    log = (place / "log" / f"{NAME}.txt").read_text().splitlines()
+    log = (whole / "log" / f"{NAME}.txt").read_text().splitlines()
     assert [line.split()[0] for line in log] == ["[01/2]"] * 3 + ["[02/2]"] * 3
     assert log[0].startswith("[01/2] loss: 0.") and "lr: 1.0e-04" in log[0]
     assert all("Tiny, ratio 0." in line and "PSNR" in line for line in log[1:3])
-    assert set(log) <= set(printed.splitlines())
-    folder = place / "weight" / NAME
+    folder = whole / "weight" / NAME
     assert sorted(file.name for file in folder.iterdir()) == [  # of 1 head, so no .pkl
         ".lock", "pretrained", "state_00000002.pt", "state_00000004.pt"]
     own = IDM.from_checkpoint(folder / "pretrained")
@@ -94,167 +98,71 @@ def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
     assert max(float((own.state_dict()[name] - fresh.state_dict()[name]).abs().max()) for name in moved) < 6e-4
 
 
-def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole, data, tmp_path):
-    start(*flags(data, tmp_path, "--max_iters", "3", "--invertible", "both"))
-    assert not same(weights(tmp_path), weights(whole[0]))
-    printed = start(*flags(data, tmp_path, "--num_workers", "1"))
-    assert "from iteration 3" in printed
-    assert same(weights(tmp_path), weights(whole[0]))
+def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole, call, tmp_path, capsys):
+    call("--max_iters", "3", "--invertible", "both")
+    assert not same(weights(tmp_path), weights(whole))
+    call("--num_workers", "1")
+    assert "from iteration 3" in capsys.readouterr().out
+    assert same(weights(tmp_path), weights(whole))
     resumed, uninterrupted = ((place / "log" / f"{NAME}.txt").read_text().splitlines()[-3:]
-                              for place in (tmp_path, whole[0]))
+                              for place in (tmp_path, whole))
     assert resumed[0].split(", ")[0] == uninterrupted[0].split(", ")[0]  # the loss over both halves of the epoch
     assert resumed[1:] == uninterrupted[1:]  # the scores
 
 
-def test_two_processes_train_one_model(whole, data, tmp_path):
-    printed = start(*flags(data, tmp_path), launcher=LAUNCHER)
-    assert printed.count("[02/2] loss") == 1
-    assert not same(weights(tmp_path), weights(whole[0]))
-    state = read_state(tmp_path)
-    assert state["processes"] == 2 and len(state["random"]) == 2
+def before_steps(monkeypatch, act: Callable) -> None:
+    """Have `act` called with the run before each iteration."""
+    train_step = train.train_step
 
+    def step(run, batches):
+        act(run)
+        return train_step(run, batches)
 
-@pytest.fixture
-def call(monkeypatch, data, tmp_path):
-    """Run train.py in this process, in a place of its own."""
-    def call(*more: str, place: Path = tmp_path) -> None:
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, place, *more)])
-        run(train.main, train.WeightsError)
-    return call
-
-
-def read_state(place: Path) -> dict:
-    return training_state.load_newest_state(place / "weight" / NAME)[0]
+    monkeypatch.setattr(train, "train_step", step)
 
 
 def test_a_signal_saves_the_state_and_ends_the_run(call, monkeypatch, tmp_path, capsys):
-    backward = train.backward
-
-    def signalled(run, *arguments):
-        if run.progress.iteration == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return backward(run, *arguments)
-
-    monkeypatch.setattr(train, "backward", signalled)
+    before_steps(monkeypatch, lambda run: run.progress.iteration == 2 and os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         call("--iters_per_epoch", "9")
     assert ended.value.code == 130  # so that nothing that waits for the run's end takes this for it
-    assert read_state(tmp_path)["progress"]["iteration"] == 3
+    assert read_state(tmp_path).progress.iteration == 3
     assert "stopped by a signal after iteration 3" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_signal_in_the_last_iteration_lets_the_run_end(call, monkeypatch, tmp_path, capsys):
-    backward = train.backward
-
-    def signalled(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return backward(*arguments)
-
-    monkeypatch.setattr(train, "backward", signalled)
+    before_steps(monkeypatch, lambda run: os.kill(os.getpid(), signal.SIGINT))
     call("--max_iters", "1")
-    assert read_state(tmp_path)["progress"]["iteration"] == 1 and weights(tmp_path)
+    assert read_state(tmp_path).progress.iteration == 1 and weights(tmp_path)
     call("--max_iters", "1")
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing is left to do; ")
 
 
-def test_the_running_average_of_the_weights(call, monkeypatch, tmp_path):
-    """Against its definition, and free of any graph, which would grow with every iteration."""
-    averages, plain = [], train.update
-
-    def watched(run, loss):
-        if not averages:
-            averages.append([parameter.double() for parameter in run.ema.parameters()])
-        norm = plain(run, loss)
-        decay = min(0.9, run.progress.iteration / (9 + run.progress.iteration))  # of the iteration that is over
-        averages[0] = [decay * average + (1 - decay) * parameter.detach().double()
-                       for average, parameter in zip(averages[0], run.net.parameters(), strict=True)]
-        assert not any(parameter.requires_grad for parameter in run.ema.parameters())
-        return norm
-
-    monkeypatch.setattr(train, "update", watched)
-    call("--ema", "0.9")
-    ema = IDM.from_checkpoint(tmp_path / "weight" / NAME / "pretrained")
-    for ours, expected in zip(ema.parameters(), averages[0], strict=True):
-        assert torch.allclose(ours.double(), expected, atol=1e-6)
-
-
-def test_losses_that_are_not_finite_are_skipped_and_counted(call, monkeypatch, tmp_path, capsys):
-    before_and_after, norms = [], []
-    backward, update = train.backward, train.update
-
-    def sometimes_broken(run, model, matrix, slot, pixels):
-        with torch.no_grad():
-            run.net.merge_scale += math.nan if run.progress.iteration == 1 else 0
-            loss = torch.enable_grad()(backward)(run, model, matrix, slot, pixels)
-            run.net.merge_scale.nan_to_num_()
-        return loss
-
-    def watched(run, loss):
-        before = {name: tensor.clone() for name, tensor in run.net.state_dict().items()}
-        norms.append(update(run, loss))
-        before_and_after.append((math.isfinite(loss), same(before, run.net.state_dict())))
-        return norms[-1]
-
-    monkeypatch.setattr(train, "backward", sometimes_broken)
-    monkeypatch.setattr(train, "update", watched)
-    call("--max_iters", "3", "--testset_name", "nothing")
-    assert before_and_after == [(True, False), (False, True), (True, False)]
-    progress = read_state(tmp_path)["progress"]
-    assert (progress["skipped"], progress["skipped_in_a_row"]) == (1, 0)
-    printed = capsys.readouterr().out
-    assert "1 iterations skipped so far" in printed and "note       no test after each epoch" in printed
-
-
 def test_a_run_without_finite_losses_ends_and_keeps_its_state(call, monkeypatch, tmp_path, capsys):
-    backward = train.backward
+    """All but the fourth iteration are skipped, which leave all as it was."""
+    moved = []
 
-    def broken(run, model, matrix, slot, pixels):
-        loss = backward(run, model, matrix, slot, pixels)
-        if run.progress.iteration >= 2:
-            run.net.input_scale.grad *= math.inf
-        return loss
+    def breaks(run):
+        with torch.no_grad():
+            run.net.merge_scale.fill_(0 if run.progress.iteration == 3 else math.nan)
+        moved.append(not torch.equal(run.net.input_scale, run.net.input_scale.new_ones(1)))
 
-    monkeypatch.setattr(train, "backward", broken)
-    monkeypatch.setattr(train.distributed.Pulse, "due", lambda *_: True)
+    before_steps(monkeypatch, breaks)
+    monkeypatch.setattr(Pulse, "due", lambda *_: True)
     with pytest.raises(SystemExit) as ended:
-        call("--epoch", "20")
-    assert "no finite loss or gradient in 10 iterations in a row, up to iteration 12" in ended.value.code
-    assert read_state(tmp_path)["progress"]["iteration"] == 10  # of the last whole epoch
-    assert "[05/20] loss: nan" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_gradients_that_are_not_finite_move_nothing_are_counted_and_end_the_run(tmp_path, data, monkeypatch, precision):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path)])
-    net = torch.nn.Linear(1, 1)
-    run = train.Run(train.parse_args(""), train.distributed.Process(0, 1, torch.device("cpu")), None, net, None,
-                    torch.optim.Adam(net.parameters(), fused=True),
-                    torch.amp.GradScaler("cpu", enabled=precision == "fp16"))
-    run.scaler.scale(torch.ones(()))  # it is made by the first loss
-
-    def step(gradient: float) -> bool:
-        """Whether the weights have moved."""
-        before = net.weight.item()
-        for parameter in net.parameters():
-            parameter.grad = torch.full_like(parameter, gradient)
-        train.update(run, torch.tensor(0.5))
-        train.give_up_if_nothing_is_finite(run)
-        return net.weight.item() != before
-
-    assert not any(step(math.inf) for _ in range(9))  # a start at 65536 may take a few halvings
-    assert run.totals.tolist() == [0, 0, 9, 9]
-    assert run.scaler.get_scale() == (128 if precision == "fp16" else 1)
-    assert step(1.0) and run.totals.tolist() == [0.5, 1, 9, 0]
-    assert not any(step(math.nan) for _ in range(9))
-    with pytest.raises(SystemExit, match="no finite loss or gradient in 10 iterations in a row, up to iteration 20"):
-        step(math.inf)
-    assert run.totals.tolist() == [0.5, 1, 19, 10]
+        call("--epoch", "20", "--testset_name", "none")
+    assert "no finite loss or gradient in 10 iterations in a row, up to iteration 14" in ended.value.code
+    assert moved == [False] * 4 + [True] * 10
+    progress, printed = read_state(tmp_path).progress, capsys.readouterr().out
+    assert (progress.iteration, progress.skipped, progress.skipped_in_a_row) == (12, 11, 8)  # of the last whole epoch
+    assert "[01/20] loss: nan" in printed and "[02/20] loss: 0." in printed
+    assert ", 3 iterations skipped so far" in printed and "note       no test after each epoch" in printed
 
 
 def test_a_checkpoint_of_part_of_an_epoch_is_replaced_by_the_whole_ones(call, monkeypatch):
     saved = []
-    monkeypatch.setattr(train.state_files, "save_checkpoint", lambda net, folder, epoch: saved.append(epoch))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda net, folder, epoch: saved.append(epoch))
     call("--epoch", "3", "--max_iters", "1", "--testset_name", "none")
     assert saved == [1]
     call("--epoch", "3", "--testset_name", "none")
@@ -266,15 +174,10 @@ def test_a_test_that_fails_is_skipped(call, monkeypatch, tmp_path, capsys):
 
     def exhausted(process, net, *_, **__):
         modes.append(net.training)
-        raise train.UserError("there is not enough memory to reconstruct camera")
+        raise UserError("there is not enough memory to reconstruct camera")
 
-    def watched(run, *arguments):
-        modes.append(run.net.training)
-        return backward(run, *arguments)
-
-    backward = train.backward
-    monkeypatch.setattr(train.report, "evaluate_spread", exhausted)
-    monkeypatch.setattr(train, "backward", watched)
+    monkeypatch.setattr(report, "evaluate_spread", exhausted)
+    before_steps(monkeypatch, lambda run: modes.append(run.net.training))
     call("--iters_per_epoch", "1")
     assert modes == [True, False, False, True, False, False]  # two ratios after each of two epochs
     log = (tmp_path / "log" / f"{NAME}.txt").read_text()
@@ -289,7 +192,7 @@ def test_a_step_without_enough_memory_says_what_to_do(call, monkeypatch, capsys,
     def exhausted(*_):
         raise error
 
-    monkeypatch.setattr(train, "backward", exhausted)
+    monkeypatch.setattr(train, "train_step", exhausted)
     with pytest.raises(SystemExit) as ended:
         call()
     assert ended.value.code == 2
@@ -297,27 +200,9 @@ def test_a_step_without_enough_memory_says_what_to_do(call, monkeypatch, capsys,
                                        "--batch_size or --patch_size, or --invertible both\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_a_run_does_not_end_its_workers(data, tmp_path, number):
-    """As Ctrl-C sends it, and `torch.distributed.run` where it ends."""
-    more = ["--num_workers", "2", "--iters_per_epoch", "100000", "--save_minutes", "0.001"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags(data, tmp_path, *more)]
-    training = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        until = time.monotonic() + 100
-        while len(training_state.list_states(tmp_path / "weight" / NAME)) < 2 and time.monotonic() < until:
-            time.sleep(0.05)
-        os.killpg(training.pid, number)
-        printed = training.communicate(timeout=100)[0]
-    finally:
-        training.kill()
-    assert training.returncode == 130 and "stopped by a signal after iteration" in printed, printed
-
-
 def test_tests_that_a_kill_prevented_are_made_up_for(call, monkeypatch, tmp_path, capsys):
     """In the middle of a run and at its end; with the scores of a run that was not killed."""
-    test, ends = training_report.test, {2, 4}
+    test, ends = report.test, {2, 4}
 
     def killed(run, ratio):
         if run.progress.iteration in ends and ratio == 0.5:
@@ -325,7 +210,7 @@ def test_tests_that_a_kill_prevented_are_made_up_for(call, monkeypatch, tmp_path
             raise SystemExit
         return test(run, ratio)
 
-    monkeypatch.setattr(training_report, "test", killed)
+    monkeypatch.setattr(report, "test", killed)
     for _ in range(2):
         with pytest.raises(SystemExit):
             call()
@@ -345,11 +230,11 @@ def test_a_run_that_has_not_begun_may_be_started_with_other_settings(call, monke
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "backward", exhausted)
+        patch.setattr(train, "train_step", exhausted)
         call("--batch_size", "4")
-    assert read_state(tmp_path)["progress"]["iteration"] == 0
+    assert read_state(tmp_path).progress.iteration == 0
     call("--max_iters", "1")
-    assert read_state(tmp_path)["configuration"]["batch_size"] == 2
+    assert read_state(tmp_path).configuration["batch_size"] == 2
 
 
 def test_a_seed_of_any_length_and_many_unreadable_pictures(call, data, tmp_path, capsys):
@@ -360,24 +245,6 @@ def test_a_seed_of_any_length_and_many_unreadable_pictures(call, data, tmp_path,
     assert "and 2 more" in (printed := capsys.readouterr().out) and f"are named in {tmp_path}" in printed
     assert "cannot be read: broken00.png, broken01.png" in (log := (tmp_path / "log" / f"{NAME}.txt").read_text())
     assert "broken11.png" in log
-
-
-def test_processes_that_find_different_states_all_stop(whole, data, tmp_path):
-    """Each rank has a folder of its own here, and rank 1's holds no state; the mistake is printed once."""
-    shutil.copytree(whole[0] / "weight", tmp_path / "0" / "weight")
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-sys.argv += ["--model_dir", {str(tmp_path)!r} + "/" + os.environ["RANK"] + "/weight"]
-import train
-train.errors.run(train.main)
-""")
-    result = subprocess.run([sys.executable, *LAUNCHER, str(script), *flags(data, tmp_path)],
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert result.returncode != 0
-    assert result.stderr.count("error: ") == 1, result.stderr
-    assert "error: the processes find different states to go on from; --model_dir must be" in result.stderr
 
 
 @pytest.mark.parametrize(("more", "sentence"), [
@@ -424,23 +291,8 @@ def test_an_earlier_run_is_neither_overwritten_nor_continued_with_other_settings
         (["--accumulate", "2", "--ema", "0.9"], "accumulate was 1, is 2; ema was None, is 0.9; use"),
     ]:
         with pytest.raises(SystemExit) as ended:
-            call(*more, place=whole[0])
+            call(*more, place=whole)
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
-
-
-def test_every_slot_has_a_sampling_matrix_of_its_own(call, monkeypatch):
-    backward, matrices = train.backward, {}
-
-    def recorded(run, model, matrix, slot, pixels):
-        matrices[slot] = matrix
-        return backward(run, model, matrix, slot, pixels)
-
-    monkeypatch.setattr(train, "backward", recorded)
-    call("--max_iters", "1", "--accumulate", "2", "--cs_ratio", "0.1/0.3", "--seed", "5")
-    for slot, matrix in matrices.items():
-        expected = random_sampling_matrix(0.3, 16, torch.Generator().manual_seed(5 + slot))
-        assert torch.equal(matrix, expected)
-    assert len(matrices) == 2
 
 
 def test_processes_with_other_settings_are_refused(monkeypatch):
@@ -448,17 +300,17 @@ def test_processes_with_other_settings_are_refused(monkeypatch):
     process, mine = Process(0, 2, torch.device("cpu")), {"learning_rate": "0.0001", "seed": "1", "clip": "None"}
     monkeypatch.setattr(Process, "all_gather", lambda _, thing: [thing, {**thing, **other}])
     other = {}
-    check_agreement(process, mine)
+    start.check_agreement(process, mine)
     other = {"learning_rate": "0.001", "clip": "1.0"}
     with pytest.raises(UserError, match="different settings: --learning_rate 0.0001 and 0.001, --clip None and 1.0; "):
-        check_agreement(process, mine)
+        start.check_agreement(process, mine)
 
 
 @pytest.mark.parametrize(("have", "expected"), [([True, True], "bf16"), ([True, False], "fp16")])
 def test_half_precision_is_one_that_all_gpus_have(monkeypatch, have, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: have[0])
     monkeypatch.setattr(Process, "all_gather", lambda _, thing: [thing, have[1]])
-    assert train.default_precision(Process(0, 2, torch.device("cuda"))) == expected
+    assert start.default_precision(Process(0, 2, torch.device("cuda"))) == expected
 
 
 def test_a_folder_that_another_process_trains_in_is_left_alone(call, monkeypatch, tmp_path, capsys):
@@ -470,7 +322,7 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(call, monkeypatch
             call()
         assert ended.value.code == 2
         assert f"another process is writing into {folder}; choose another --model_dir" in capsys.readouterr().err
-        assert not training_state.list_states(folder)
+        assert not list_states(folder)
     call("--max_iters", "1")
     assert weights(tmp_path)
 
@@ -490,47 +342,33 @@ def test_checkpoints_in_the_runs_folder_are_not_overwritten(call, tmp_path, caps
 def test_a_folder_with_an_odd_description_is_no_idm(tmp_path):
     for description in ("[]", "null", "{", '{"_class_name": "UNet2DConditionModel"}'):
         (tmp_path / "config.json").write_text(description)
-        assert not train.holds_idm(tmp_path)
+        assert not start.holds_idm(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "IDM"}')
-    assert train.holds_idm(tmp_path)
+    assert start.holds_idm(tmp_path)
 
 
 def test_a_run_and_a_file_in_it_are_idms(tmp_path):
     net = IDM.compact(32, num_steps=1)
     net.save_pretrained(tmp_path / "pretrained")
     for path in (tmp_path, tmp_path / "pretrained", tmp_path / "pretrained" / "diffusion_pytorch_model.safetensors"):
-        assert train.holds_idm(path), path
-    assert not train.holds_idm(tmp_path / "other")
+        assert start.holds_idm(path), path
+    assert not start.holds_idm(tmp_path / "other")
 
 
-def test_training_can_start_from_a_checkpoint(whole, data, tmp_path, monkeypatch):
-    published = IDM((32, 64), num_steps=2, shuffle=4)
+def test_training_can_start_from_a_checkpoint(whole, tmp_path):
+    published, alone = IDM((32, 64), num_steps=2, shuffle=4), Process(0, 1, torch.device("cpu"))
     torch.save(published.official_state_dict(), tmp_path / "net_params_2.pkl")
-    for source, expected in ((whole[0] / "weight" / NAME / "pretrained", weights(whole[0])),
+    for source, expected in ((whole / "weight" / NAME / "pretrained", weights(whole)),
                              (tmp_path / "net_params_2.pkl", published.state_dict())):
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path, "--base_model", str(source))])
-        args = train.parse_args("")
-        net = train.build_network(args, train.distributed.start("cpu"))
+        net = start.build_network(Settings(base_model=str(source), step_number=2), alone)
         assert same(net.state_dict(), expected)
-        args.step_number = 3
-        with pytest.raises(train.UserError, match="use --step_number 2"):
-            train.build_network(args, train.distributed.start("cpu"))
+        with pytest.raises(UserError, match="use --step_number 2"):
+            start.build_network(Settings(base_model=str(source), step_number=3), alone)
 
 
-def test_learning_rates_are_the_published_ones_or_a_cosine(monkeypatch):
+def test_without_flags_all_is_as_published(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    args = train.parse_args("")
-    assert (args.epoch, args.learning_rate, args.batch_size, args.patch_size) == (50, 1e-4, 8, 256)
-    assert args.run_name == "R_0.10_T_3_B_32"
-    rates = [train.learning_rate(args, epoch * 1000) for epoch in range(50)]
-    assert rates == [1e-4 * 0.5**(epoch // 10) for epoch in range(50)]
-    assert train.learning_rate(args, 0) == train.learning_rate(args, 9_999) == 1e-4
-    args.warm_up = 100
-    assert train.learning_rate(args, 49) == pytest.approx(5e-5) and train.learning_rate(args, 100) == 1e-4
-    monkeypatch.setattr(sys, "argv", ["train.py", "--lr_schedule", "cosine"])
-    args = train.parse_args("")
-    assert args.warm_up == 1000  # of 50,000 iterations
-    assert train.learning_rate(args, 0) == pytest.approx(1e-7)
-    assert train.learning_rate(args, 999) == pytest.approx(1e-4)
-    assert train.learning_rate(args, 25_500) == pytest.approx(5e-5)
-    assert 0 < train.learning_rate(args, 49_999) < 1e-9
+    settings = train.parse_settings("")
+    assert settings == Settings().completed()
+    assert (settings.epoch, settings.learning_rate, settings.batch_size, settings.patch_size) == (50, 1e-4, 8, 256)
+    assert (settings.name, settings.loss, settings.lr_schedule) == ("R_0.10_T_3_B_32", "l1", "step")

@@ -1,13 +1,19 @@
-"""The flags of train.py: the published ones under their names and defaults, and what is added."""
+"""The settings of a training run: each a flag of train.py, the published ones under their names and defaults."""
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from utils.comparison.published import RATIOS
 from utils.devices import PRECISIONS
+from utils.errors import UserError
 from utils.flags import LARGEST_BLOCK, Parser, place, positive, ratios, run_name, whole
+from utils.training.losses import LOSSES
+
+PAPER_RATIOS = (0.1, 0.3, 0.5)  # that the paper reports
+TEST_SEED = 2025  # of the matrix and the permutations that test.py, too, measures test sets with
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Ratios:
         """All that are listed; of a range, those that the paper reports, or its ends where it holds none of them."""
         if not self.is_range:
             return list(self.values)
-        return [value for value in RATIOS if self.values[0] <= value <= self.values[1]] or list(self.values)
+        return [value for value in PAPER_RATIOS if self.values[0] <= value <= self.values[1]] or list(self.values)
 
     def run_name(self, step_number: int, block_size: int) -> str:
         return run_name(list(self.values), step_number, block_size, "to" if self.is_range else "-")
@@ -56,83 +62,143 @@ def decay(text: str) -> float:
     return value
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    parser = Parser(description)
-    add = parser.add_argument
-    add("--epoch", type=whole(1), default=50, help="epochs to train")
-    add("--step_number", type=whole(1), default=3, help="T, sampling steps")
-    add("--cs_ratio", type=training_ratios, default="0.1",
-        help="ratio M/N; 0.1/0.3/0.5 or the range 0.05-0.5 trains one model for all, drawing one for each batch")
-    add("--block_size", type=whole(1, LARGEST_BLOCK), default=32, help="B; a row of the operator measures B*B pixels")
-    add("--learning_rate", type=positive, default=1e-4, help="of Adam, at the start")
-    add("--loss", choices=["l1", "log_mse"], default="l1",
-        help="l1: mean |x_hat - x|, as published; log_mse: mean log of each picture's mean square error, which is PSNR")
-    add("--lr_schedule", choices=["step", "cosine", "constant"], default="step",
-        help="step: halve after epochs 10, 20, 30, 40; cosine: down to 0; constant: for long runs with --ema")
-    add("--warm_up", type=whole(0), help="iterations over which the learning rate rises from 0; "
-        "if not given, none with step and 2 %% of all with cosine")
-    add("--batch_size", type=whole(1), default=8, help="crops per process")
-    add("--accumulate", type=whole(1), default=1, help="batches per process that make one iteration")
-    add("--patch_size", type=whole(1), default=256, help="side of a crop in pixels")
-    add("--clip", type=positive, help="scale gradients down to this norm where theirs is larger; if not given, never")
-    add("--ema", type=decay, help="test and save a running average of the weights with this decay, such as 0.999")
-    add("--iters_per_epoch", type=whole(1), default=1000, help="iterations that make an epoch")
-    add("--max_iters", type=whole(1), help="stop after this many iterations in all, with a checkpoint, "
-        "which a run without this flag replaces when that epoch is finished")
-    add("--base_model", default="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        help="where weights come from: a hub id, a folder, a file, an IDM checkpoint, or 'compact' for fresh ones")
-    add("--width", type=whole(1), default=64, help="compact: width of the first scale, a multiple of "
-        "2 * SHUFFLE**2; the second has twice as much")
-    add("--shuffle", type=whole(1), default=4, help="compact: side of the pixel square folded into channels")
-    add("--precision", choices=list(PRECISIONS),
-        help="if not given: on GPUs bf16 where they have it, else fp16; on CPUs fp32")
-    add("--invertible", choices=["both", "sampling", "unet", "none"], default="both",
-        help="levels that keep no activations; none is fastest where memory suffices")
-    add("--compile", action="store_true", help="compile the blocks of the U-Net, which takes minutes at the start")
-    add("--seed", type=whole(0), default=2025, help="of the crops, operators and fresh weights")
-    add("--device", help="cpu, cuda or cuda:N; CUDA if there is any")
-    add("--num_workers", type=whole(0), default=0, help="processes that cut crops")
-    add("--data_dir", type=place, default="data", help="folder of the test sets")
-    add("--train_dir", type=place,
-        help="training pictures, searched recursively; DATA_DIR/pristine_images if not given")
-    add("--cache_dir", type=place, help="the pictures' luminance is kept here; DATA_DIR/cache if not given")
-    add("--no_cache", action="store_true", help="decode all pictures into memory, at every start and in every process")
-    add("--testset_name", default="Set11", help="tested on after each epoch: a folder of DATA_DIR, or Samples")
-    add("--model_dir", type=place, default="weight", help="checkpoints and states go into a folder of it")
-    add("--log_dir", type=place, default="log", help="logs go here")
-    add("--save_interval", type=whole(1), default=10, help="epochs between checkpoints; the last is saved always")
-    add("--save_minutes", type=positive, default=15, help="minutes between two states within an epoch")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="go on from the state in the run's folder, if there is one")
-    args = parser.parse_args()
-    args.train_dir = args.train_dir or args.data_dir / "pristine_images"
-    args.cache_dir = None if args.no_cache else args.cache_dir or args.data_dir / "cache"
-    args.run_name = args.cs_ratio.run_name(args.step_number, args.block_size)
-    if args.warm_up is None:
-        args.warm_up = -(-args.epoch * args.iters_per_epoch // 50) if args.lr_schedule == "cosine" else 0
-    return args
+def flag(
+    default: Any,
+    help: str,
+    *,
+    of_machine: bool = False,  # processes on other machines may have another value
+    decides: bool = True,  # what the weights will be: a run goes on only with the same value
+    **how: Any,  # read the flag: as of argparse's add_argument
+) -> Any:
+    """Return a field of `Settings` with what its flag is made of."""
+    return field(default=default, metadata={"of_machine": of_machine, "decides": decides and not of_machine,
+                                            "flag": {"help": help, **how}})
 
 
-OF_ONE_MACHINE = ("device", "num_workers", "data_dir", "train_dir", "cache_dir", "model_dir", "log_dir")
+@dataclass(frozen=True)
+class Settings:
+    """What a training run is told.
 
-
-def shared_settings(args: argparse.Namespace) -> dict[str, str]:
-    """What all processes must be given alike."""
-    return {name: str(value) for name, value in vars(args).items() if name not in OF_ONE_MACHINE}
-
-
-def configuration(args: argparse.Namespace, pictures: str) -> dict[str, str | int | float | None]:
-    """All that decides what the weights will be; a run goes on only where none of it has changed.
-
-    --invertible and --compile are not among it: their settings have the same gradients but for rounding, and who ran
-    out of memory may go on with "both". Nor is the number of processes.
+    --invertible and --compile do not decide what the weights will be: all their values have the same gradients but for
+    rounding, and who ran out of memory may go on with "both".
     """
-    names = ["base_model", "step_number", "block_size", "loss", "learning_rate", "lr_schedule", "warm_up", "batch_size",
-             "accumulate", "patch_size", "clip", "ema", "iters_per_epoch", "precision", "seed"]
-    names += ["width", "shuffle"] if args.base_model == "compact" else []
-    names += ["epoch"] if args.lr_schedule == "cosine" else []
-    return {
-        **{name: getattr(args, name) for name in names},
-        "cs_ratio": str(args.cs_ratio),
-        "pictures": pictures,
-    }
+
+    epoch: int = flag(50, "epochs to train", type=whole(1), decides=False)
+    step_number: int = flag(3, "T, sampling steps", type=whole(1))
+    cs_ratio: Ratios = flag(Ratios((0.1,)), "ratio M/N; 0.1/0.3/0.5 or the range 0.05-0.5 trains one model for all, "
+                            "drawing one for each batch", type=training_ratios)
+    block_size: int = flag(32, "B; a row of the operator measures B*B pixels", type=whole(1, LARGEST_BLOCK))
+    learning_rate: float = flag(1e-4, "of Adam, at the start", type=positive)
+    loss: str = flag("l1", "l1: mean |x_hat - x|, as published; log_mse: mean log of each picture's mean square error, "
+                     "which is PSNR", choices=LOSSES)
+    lr_schedule: str = flag("step", "step: halve after epochs 10, 20, 30, 40; cosine: down to 0; constant: for long "
+                            "runs with --ema", choices=("step", "cosine", "constant"))
+    warm_up: int | None = flag(None, "iterations over which the learning rate rises from 0; if not given, none with "
+                               "step and 2 %% of all with cosine", type=whole(0))
+    batch_size: int = flag(8, "crops per process", type=whole(1))
+    accumulate: int = flag(1, "batches per process that make one iteration", type=whole(1))
+    patch_size: int = flag(256, "side of a crop in pixels", type=whole(1))
+    clip: float | None = flag(None, "scale gradients down to this norm where theirs is larger; if not given, never",
+                              type=positive)
+    ema: float | None = flag(None, "test and save a running average of the weights with this decay, such as 0.999",
+                             type=decay)
+    iters_per_epoch: int = flag(1000, "iterations that make an epoch", type=whole(1))
+    max_iters: int | None = flag(None, "stop after this many iterations in all, with a checkpoint, which a run without "
+                                 "this flag replaces when that epoch is finished", type=whole(1), decides=False)
+    base_model: str = flag("stable-diffusion-v1-5/stable-diffusion-v1-5", "where weights come from: a hub id, a "
+                           "folder, a file, an IDM checkpoint, or 'compact' for fresh ones")
+    width: int = flag(64, "compact: width of the first scale, a multiple of 2 * SHUFFLE**2; the second has twice as "
+                      "much", type=whole(1))
+    shuffle: int = flag(4, "compact: side of the pixel square folded into channels", type=whole(1))
+    precision: str | None = flag(None, "if not given: on GPUs bf16 where they have it, else fp16; on CPUs fp32",
+                                 choices=tuple(PRECISIONS))
+    invertible: str = flag("both", "levels that keep no activations; none is fastest where memory suffices",
+                           choices=("both", "sampling", "unet", "none"), decides=False)
+    compile: bool = flag(False, "compile the blocks of the U-Net, which takes minutes at the start",
+                         action="store_true", decides=False)
+    seed: int = flag(2025, "of the crops, operators and fresh weights", type=whole(0))
+    device: str | None = flag(None, "cpu, cuda or cuda:N; CUDA if there is any", of_machine=True)
+    num_workers: int = flag(0, "processes that cut crops", type=whole(0), of_machine=True)
+    data_dir: Path = flag(Path("data"), "folder of the test sets", type=place, of_machine=True)
+    train_dir: Path | None = flag(None, "training pictures, searched recursively; DATA_DIR/pristine_images if not "
+                                  "given", type=place, of_machine=True)
+    cache_dir: Path | None = flag(None, "the pictures' luminance is kept here; DATA_DIR/cache if not given", type=place,
+                                  of_machine=True)
+    no_cache: bool = flag(False, "decode all pictures into memory, at every start and in every process",
+                          action="store_true", decides=False)
+    testset_name: str = flag("Set11", "tested on after each epoch: a folder of DATA_DIR, or Samples", decides=False)
+    model_dir: Path = flag(Path("weight"), "checkpoints and states go into a folder of it", type=place, of_machine=True)
+    log_dir: Path = flag(Path("log"), "logs go here", type=place, of_machine=True)
+    save_interval: int = flag(10, "epochs between checkpoints; the last is saved always", type=whole(1), decides=False)
+    save_minutes: float = flag(15, "minutes between two states within an epoch", type=positive, decides=False)
+    resume: bool = flag(True, "go on from the state in the run's folder, if there is one",
+                        action=argparse.BooleanOptionalAction, decides=False)
+
+    @property
+    def name(self) -> str:
+        """Of the run: its folder in `model_dir`, its logs."""
+        return self.cs_ratio.run_name(self.step_number, self.block_size)
+
+    @property
+    def folder(self) -> Path:
+        return self.model_dir / self.name
+
+    @property
+    def iterations(self) -> int:
+        """In all epochs together, of which `max_iters` may leave a part."""
+        return self.epoch * self.iters_per_epoch
+
+    @property
+    def last_iteration(self) -> int:
+        return min(self.iterations, self.max_iters or self.iterations)
+
+    def completed(self) -> "Settings":
+        """Return the settings with a value for all that follows from others, where it was not given."""
+        cosine = self.lr_schedule == "cosine"
+        return replace(
+            self, train_dir=self.train_dir or self.data_dir / "pristine_images",
+            cache_dir=None if self.no_cache else self.cache_dir or self.data_dir / "cache",
+            warm_up=(-(-self.iterations // 50) if cosine else 0) if self.warm_up is None else self.warm_up)
+
+    def shared(self) -> dict[str, str]:
+        """Return what all processes must be given alike, as text by name."""
+        return {each.name: str(getattr(self, each.name)) for each in fields(self) if not each.metadata["of_machine"]}
+
+    def deciding(self) -> dict[str, str | int | float | None]:
+        """Return all that decides what the weights will be, by name, in values that a state can hold."""
+        names = [each.name for each in fields(self) if each.metadata["decides"]]
+        names += ["epoch"] if self.lr_schedule == "cosine" else []
+        return {name: storable(getattr(self, name)) for name in names}
+
+
+def parse_settings(description: str) -> Settings:
+    """Read the command line.
+
+    Raises:
+        UserError: for flags that there are not, and values that they do not take.
+    """
+    parser = Parser(description)
+    for each in fields(Settings):
+        parser.add_argument(f"--{each.name}", default=each.default, **each.metadata["flag"])
+    return Settings(**vars(parser.parse_args())).completed()
+
+
+def storable(value: Any) -> str | int | float | None:
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to continue a run with settings that would give another result.
+
+    A setting that a state does not name, as those written before there was such a setting, had its default.
+
+    Raises:
+        UserError: that lists every difference.
+    """
+    defaults = {each.name: storable(each.default) for each in fields(Settings)}
+    saved, now = {**defaults, **saved}, {**defaults, **now}
+    differences = [f"{name} was {saved.get(name)}, is {now.get(name)}"
+                   for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
+    if differences:
+        raise UserError(f"{folder} holds a run with other settings: {'; '.join(differences)}; "
+                        "use the same, or another --model_dir")

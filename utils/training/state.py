@@ -21,9 +21,6 @@ class DamagedState(UserError):
     """A file that is not, or no longer, a whole training state."""
 
 
-_PARTS = {"network", "model", "ema", "optimizer", "scaler", "progress", "random", "configuration", "processes"}
-
-
 @dataclass
 class Progress:
     """How far a run is; an epoch's mean loss is over the iterations that were not skipped."""
@@ -36,20 +33,35 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the whole state of a run, a dictionary with the keys of `_PARTS`, into the run's folder.
+@dataclass
+class TrainingState:
+    """All from which a run goes on, on the CPU."""
+
+    configuration: dict[str, Any]  # the settings that decide what the weights will be
+    processes: int
+    network: dict[str, Any]  # arguments of IDM
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    progress: Progress
+    random: list[dict[str, Any]]  # `random_states()` of each process
+    unlogged: dict[str, Any] | None = None  # record of the epoch just finished, whose tests are still to be done
+
+
+def save_state(folder: Path, state: TrainingState) -> None:
+    """Write a state into the run's folder.
 
     The newest state that is there already stays; all others go.
 
     Raises:
         UserError: where it cannot be written; the states that are there stay.
     """
-    if missing := _PARTS - state.keys():
-        raise ValueError(f"a training state needs {', '.join(sorted(missing))} as well")
-    path = folder / f"state_{state['progress']['iteration']:08d}.pt"
+    path = folder / f"state_{state.progress.iteration:08d}.pt"
     before = [other for other in list_states(folder) if other.name < path.name]
+    content = vars(state) | {"progress": vars(state.progress)}  # plain types, that no code need be unpickled
     try:
-        write_whole(path, lambda file: torch.save(state, file))
+        write_whole(path, lambda file: torch.save(content, file))
     except UserError as error:
         raise UserError(f"{error}, then start the same command again to go on from the last state") from error
     # What has a higher number was found damaged, or the run would not be back here.
@@ -63,7 +75,7 @@ def list_states(folder: Path) -> list[Path]:
                   reverse=True)
 
 
-def load_newest_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def load_newest_state(folder: Path) -> tuple[TrainingState | None, list[str]]:
     """The newest whole state in a run's folder, onto the CPU, and a sentence about each newer one that is damaged.
 
     Returns None where there is no state at all.
@@ -82,7 +94,7 @@ def load_newest_state(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, []
 
 
-def load_state(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> TrainingState:
     """Read what `save_state` wrote, onto the CPU.
 
     Raises:
@@ -96,7 +108,7 @@ def load_state(path: Path) -> dict[str, Any]:
                 marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
                 damaged = archive.testzip() or next(marked, None)
             if damaged is None:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"cannot read {path} ({first_line(error)})") from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile,
@@ -104,22 +116,10 @@ def load_state(path: Path) -> dict[str, Any]:
         raise DamagedState(f"{path} is not a whole training state ({first_line(error)})") from error
     if damaged is not None:
         raise DamagedState(f"{path} is damaged ({damaged} is not as it was written)")
-    if not isinstance(state, dict) or _PARTS - state.keys():
-        raise DamagedState(f"{path} is not a training state of this program")
-    return state
-
-
-def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue a run with settings that would give another result.
-
-    Raises:
-        UserError: that lists every difference.
-    """
-    differences = [f"{name} was {saved.get(name)}, is {now.get(name)}"
-                   for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]
-    if differences:
-        raise UserError(f"{folder} holds a run with other settings: {'; '.join(differences)}; "
-                        "use the same, or another --model_dir")
+    try:
+        return TrainingState(**content | {"progress": Progress(**content["progress"])})
+    except (TypeError, KeyError, IndexError) as error:
+        raise DamagedState(f"{path} is not a training state of this program") from error
 
 
 def seed_all(seed: int) -> None:

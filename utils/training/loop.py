@@ -1,0 +1,129 @@
+"""Epoch after epoch: calls the step that train.py defines, saves states and checkpoints, tests, and hears signals."""
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from utils import distributed
+from utils.devices import memory_suffices
+from utils.evaluation.speed import compile_blocks
+from utils.training.report import Epoch, test_and_log
+from utils.training.run import Run
+from utils.training.state import save_checkpoint
+
+GIVE_UP_AFTER = 10  # iterations in a row that were skipped; a gradient scaler's start at 65536 is then down to 64
+
+# One iteration: takes the run and the crops that follow, a batch (batch, 1, P, P) uint8 for each slot of this process;
+# returns the loss and the norm of its gradient.
+Step = Callable[[Run, Iterator[Tensor]], tuple[Tensor, Tensor]]
+
+
+def train(run: Run, step: Step, unlogged: dict[str, Any] | None = None) -> bool:
+    """Train until the last iteration; False where a signal stopped it before.
+
+    Args:
+        run: what to train, and from where on.
+        step: one iteration.
+        unlogged: record of an epoch after which the run was killed before its tests were done.
+    """
+    settings, process, progress = run.settings, run.process, run.progress
+    test_and_log(run, unlogged)
+    if progress.iteration >= settings.last_iteration:
+        process.print(f"nothing is left to do; the weights are in {settings.folder}")
+        return True
+    if progress.iteration == 0:
+        run.save()  # whatever happens from now on, there is a state
+    torch.backends.cudnn.benchmark = True  # crops are of one size
+    if settings.compile:
+        compile_blocks(run.net, process.device, dynamic=False)  # crops are of one size
+    loader = DataLoader(run.crops, batch_sampler=run.crop_numbers(), num_workers=settings.num_workers,
+                        worker_init_fn=distributed.leave_process_group, pin_memory=process.device.type == "cuda",
+                        generator=torch.Generator())  # its own, that a start draws nothing from everybody's
+    with distributed.stop_on_signal() as stop_asked:
+        batches = Batches(iter(loader))  # in here, so that Ctrl-C does not end a worker that is only starting
+        while progress.iteration < settings.last_iteration:
+            epoch = Epoch(run)
+            if not train_epoch(run, epoch, step, batches, stop_asked):
+                run.save()
+                run.report(f"stopped by a signal after iteration {progress.iteration}; the same command goes on from "
+                           "there")
+                return False
+            finish_epoch(run, epoch, batches)
+    process.print(f"done; the weights are in {settings.folder}")
+    return True
+
+
+class Batches:
+    """An iterator that measures how long it is waited for.
+
+    Attributes:
+        waited: seconds, of all calls together.
+    """
+
+    def __init__(self, batches: Iterator[Tensor]):
+        self.batches, self.waited = batches, 0.0
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Tensor:
+        start = time.monotonic()
+        batch = next(self.batches)
+        self.waited += time.monotonic() - start
+        return batch
+
+
+def train_epoch(run: Run, epoch: Epoch, step: Step, batches: Batches, stop_asked: threading.Event) -> bool:
+    """Train to the end of the epoch or of the run; False where a signal stopped it before."""
+    settings, process, progress = run.settings, run.process, run.progress
+    pulse, saved = distributed.Pulse(process, progress.iteration + 1), time.monotonic()
+    with epoch.bar() as bar:
+        while progress.iteration < epoch.end:
+            with memory_suffices("for a training step: choose a smaller --batch_size or --patch_size, or "
+                                 "--invertible both"):
+                loss, norm = step(run, batches)
+            bar.update()
+            epoch.point(loss, norm)
+            save_due = process.is_main and time.monotonic() - saved > 60 * settings.save_minutes
+            if not pulse.due(progress.iteration, stop_asked.is_set() or save_due):
+                continue
+            stop, save_due = pulse.confer(progress.iteration, [stop_asked.is_set(), save_due])
+            epoch.show(bar, loss)
+            give_up_if_nothing_is_finite(run)
+            if stop:
+                return progress.iteration == epoch.end
+            if save_due and progress.iteration < epoch.end:  # at its end, the state will hold the epoch's record
+                run.save()
+                saved = time.monotonic()
+    return True
+
+
+def give_up_if_nothing_is_finite(run: Run) -> None:
+    """End with an error; all processes see the same gradients, and so end together."""
+    if (in_a_row := run.skipped_in_a_row) >= GIVE_UP_AFTER:
+        sys.exit(1 if not run.process.is_main else
+                 f"error: no finite loss or gradient in {in_a_row} iterations in a row, up to iteration "
+                 f"{run.progress.iteration}; the last state is kept; try a smaller --learning_rate or "
+                 "--precision fp32, with another --model_dir")
+
+
+def finish_epoch(run: Run, epoch: Epoch, batches: Batches) -> None:
+    """Report, save and test after an epoch, or after the part of one that `--max_iters` leaves."""
+    settings, iteration = run.settings, run.progress.iteration
+    run.read_totals()
+    record = epoch.record(batches.waited)
+    batches.waited = 0.0
+    if iteration % settings.iters_per_epoch == 0:
+        run.begin_epoch()
+    # Where an epoch was taken up in its middle, --max_iters may have left a checkpoint of its first part.
+    due = (epoch.number % settings.save_interval == 0 or iteration == settings.last_iteration
+           or epoch.start % settings.iters_per_epoch)
+    if run.process.is_main and due:
+        save_checkpoint(run.best, settings.folder, epoch.number)
+    run.save(unlogged=record)  # after the checkpoint: what a state counts as done is all there
+    test_and_log(run, record)

@@ -1,0 +1,190 @@
+"""How a training run begins, or is taken up again from the state in its folder."""
+import math
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import IDM, WeightsError
+from model.checkpoint import meant
+from model.weight_files import read_config
+from utils import files
+from utils.data.crops import NAMED, TrainingCrops
+from utils.data.testsets import Picture, load_testset
+from utils.devices import memory_suffices
+from utils.distributed import Process
+from utils.errors import UserError, listed
+from utils.training.log import TrainingLog
+from utils.training.report import opening
+from utils.training.run import Run, configuration
+from utils.training.settings import Settings, check_configuration
+from utils.training.state import (
+    Progress,
+    TrainingState,
+    holds_checkpoint,
+    list_states,
+    load_newest_state,
+    restore_random_states,
+    seed_all,
+)
+
+
+def open_run(settings: Settings, process: Process) -> tuple[Run, dict[str, Any] | None]:
+    """Read the pictures; build the network, or take up the run that is in the folder.
+
+    Returns the run, and the record of its last epoch where the tests after that are still to be done.
+    """
+    settings = replace(settings, precision=settings.precision or default_precision(process))
+    check_agreement(process, settings.shared())
+    lock = None
+    if process.is_main:
+        files.make_folder(settings.folder, "--model_dir")
+        files.make_folder(settings.log_dir, "--log_dir")
+        lock = files.hold(settings.folder, "--model_dir")
+    state, notes = find_state(settings, process)
+    testset, test_notes = open_testset(settings, process)
+    crops = open_crops(settings, process)
+    if state:
+        notes += check_state(state, configuration(settings, crops), settings, process)
+    run = build_run(settings, process, crops, state)
+    run.testset, run.lock = testset, lock
+    if process.is_main:
+        run.log = TrainingLog(settings.log_dir, settings.name, run.progress.iteration)
+        notes.append(run.log.notice)
+        if crops.unreadable:
+            files.append_line(run.log.text, f"cannot be read: {listed(crops.unreadable, len(crops.unreadable))}")
+        if len(crops.unreadable) > NAMED:
+            notes.append(f"all files that cannot be read are named in {run.log.text}")
+        print(opening(run, [*notes, *test_notes, crops.notice]), flush=True)
+        if state:
+            run.report(f"resumed from iteration {run.progress.iteration}")
+    return run, state and state.unlogged
+
+
+def default_precision(process: Process) -> str:
+    """One for all processes: bf16 where every GPU has it, else fp16; fp32 on CPUs. Every rank must call it."""
+    if process.device.type != "cuda":
+        return "fp32"
+    return "bf16" if all(process.all_gather(torch.cuda.is_bf16_supported(including_emulation=False))) else "fp16"
+
+
+def check_agreement(process: Process, settings: dict[str, str]) -> None:
+    """Raise UserError, naming the differences, unless all processes have these settings; every rank must call it."""
+    of_all = process.all_gather(settings)
+    different = [f"--{name} {' and '.join(dict.fromkeys(each[name] for each in of_all))}"
+                 for name, value in settings.items() if any(each[name] != value for each in of_all)]
+    if different:
+        raise UserError(f"the processes were given different settings: {', '.join(different)}; give all the same")
+
+
+def find_state(settings: Settings, process: Process) -> tuple[TrainingState | None, list[str]]:
+    """The state in the run's folder, None where the run is new; and what there is to say about it.
+
+    Raises:
+        UserError: where the folder holds a run that cannot go on, or the processes find different states.
+    """
+    folder = settings.folder
+    if not settings.resume and any(int(path.stem.partition("_")[2]) for path in list_states(folder)):
+        raise UserError(f"{folder} holds an earlier run; leave out --no-resume to go on with it, or train into another "
+                        "--model_dir")
+    state, notes = load_newest_state(folder)
+    done = process.all_gather(state.progress.iteration if state else -1)
+    if len(set(done)) > 1:
+        raise UserError("the processes find different states to go on from; --model_dir must be one folder that all "
+                        "machines share")
+    if state and state.progress.iteration == 0:
+        state = None  # not begun: a start makes the same network again, or another if the settings are others
+    elif state is None and holds_checkpoint(folder):
+        raise UserError(f"{folder} holds weights but no state to go on from; train into another --model_dir")
+    return state, notes
+
+
+def check_state(state: TrainingState, now: dict[str, Any], settings: Settings, process: Process) -> list[str]:
+    """Return what there is to say where other processes go on from a state than wrote it.
+
+    Raises:
+        UserError: where the state is of a run with other settings.
+    """
+    saved, batches = dict(state.configuration), process.world_size * settings.accumulate
+    before = state.processes * saved["accumulate"]
+    if before == batches:  # shared out in another way, but the same iteration
+        saved["accumulate"] = now["accumulate"]
+    check_configuration(saved, now, settings.folder)
+    if state.processes == process.world_size:
+        return []
+    return [f"{state.processes} process(es) wrote the state, {process.world_size} go on; an iteration was "
+            f"{before * settings.batch_size} crops, and is {batches * settings.batch_size}"]
+
+
+def open_testset(settings: Settings, process: Process) -> tuple[list[Picture], list[str]]:
+    """The pictures to test on, none where a machine has no such set; and what there is to say about it."""
+    problem = "another machine has not the pictures"
+    try:
+        pictures = load_testset(settings.testset_name, settings.data_dir)
+    except UserError as error:
+        pictures, problem = [], error
+    if all(process.all_gather(len(pictures))):
+        return pictures, []
+    return [], [f"no test after each epoch, since {problem}"]
+
+
+def open_crops(settings: Settings, process: Process) -> TrainingCrops:
+    """The training pictures, of which all processes must find the same."""
+    crops = TrainingCrops(settings.train_dir, settings.patch_size, settings.seed, cache_dir=settings.cache_dir)
+    if len(set(process.all_gather(crops.fingerprint()))) > 1:
+        raise UserError(f"the processes find different pictures in {settings.train_dir}; give all machines the same")
+    return crops
+
+
+def build_run(settings: Settings, process: Process, crops: TrainingCrops, state: TrainingState | None) -> Run:
+    """Build the network, its average and the optimizer, as a state has them where there is one."""
+    net = IDM(**state.network) if state else build_network(settings, process)
+    if settings.patch_size % (multiple := math.lcm(settings.block_size, net.size_multiple)):
+        raise UserError(f"--patch_size must be a multiple of {multiple} here, not {settings.patch_size}")
+    with memory_suffices(f"for the network on {process.device}; choose another --device"):
+        net.to(process.device).invertible = settings.invertible
+        ema = deepcopy(net).requires_grad_(False).eval() if settings.ema else None
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=settings.precision == "fp16")
+    if not state:
+        return Run(settings, process, crops, net, ema, optimizer, scaler, Progress())
+    net.load_state_dict(state.model)
+    if ema:
+        ema.load_state_dict(state.ema)
+    optimizer.load_state_dict(state.optimizer)
+    scaler.load_state_dict(state.scaler)
+    if process.rank < len(state.random):
+        restore_random_states(state.random[process.rank])
+    return Run(settings, process, crops, net, ema, optimizer, scaler, state.progress)
+
+
+def build_network(settings: Settings, process: Process) -> IDM:
+    """The network before training; all ranks get the same."""
+    seed_all(settings.seed)
+    source, steps, width, shuffle = settings.base_model, settings.step_number, settings.width, settings.shuffle
+    if source == "compact":
+        try:
+            with memory_suffices(f"for a network of --width {width}"):
+                return IDM.compact(width, steps, shuffle)
+        except ValueError as error:
+            raise UserError(f"--width {width} --shuffle {shuffle} make no network: {error}") from error
+    try:
+        with process.main_first():
+            if not holds_idm(Path(source)):
+                return IDM.from_unet(source, num_steps=steps)
+            net = IDM.from_checkpoint(source)
+    except WeightsError as error:
+        raise UserError(str(error)) from error
+    if net.config.num_steps != steps:
+        raise UserError(f"{source} takes {net.config.num_steps} steps; use --step_number {net.config.num_steps}")
+    return net
+
+
+def holds_idm(path: Path) -> bool:
+    """Whether `path` is IDM itself: a .pkl, or what stands for a folder that `save_pretrained` wrote."""
+    try:
+        return bool(read_config(meant(path), IDM.__name__))
+    except WeightsError:
+        return path.suffix == ".pkl"
