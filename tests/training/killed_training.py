@@ -16,6 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train  # noqa: E402
+import utils.training.loop  # noqa: E402
+import utils.training.start  # noqa: E402, F401  which train.main would import in every life
 
 
 def live(flags: list[str], processes: int, port: int) -> list[int]:

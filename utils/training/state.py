@@ -117,8 +117,8 @@ def load_state(path: Path) -> TrainingState:
     if damaged is not None:
         raise DamagedState(f"{path} is damaged ({damaged} is not as it was written)")
     try:
-        return TrainingState(**content | {"progress": Progress(**content["progress"])})
-    except (TypeError, KeyError, IndexError) as error:
+        return TrainingState(**{**content, "progress": Progress(**{**content}["progress"])})
+    except (TypeError, KeyError) as error:
         raise DamagedState(f"{path} is not a training state of this program") from error
 
 
