@@ -5,7 +5,7 @@ chain's: unet.down_blocks.0.resnets.1.… and unet.down_blocks.0.rev_module_list
 """
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,15 @@ from .unet import Attention, DownBlock, Resnet, UpBlock
 from .weight_files import (
     State,
     WeightsError,
-    fetch_pipeline,
+    fetch_unet,
     first_line,
+    is_plain,
     read_config,
-    read_pickle,
+    read_sharded,
     read_tensors,
-    weight_file,
+    shards,
+    snapshot,
+    weight_files,
 )
 
 if TYPE_CHECKING:
@@ -111,25 +114,23 @@ def _chain_names(prefix: str, chain: ReversibleChain) -> Iterator[tuple[str, nn.
 # --- the published format ------------------------------------------------------------------------------------------
 
 def read_official(path: Path) -> State:
-    """The state_dict of a published checkpoint; the unpickler runs no code."""
-    state = read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    """Return the state_dict of a published checkpoint; the unpickler runs no code."""
+    state = read_tensors(path)
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise WeightsError(f"{path} holds no state_dict: a published checkpoint is a dictionary of tensors")
-    if all(name.startswith("module.") for name in state):  # saved from inside DistributedDataParallel
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return state
 
 
 def build_official(cls: type["IDM"], path: Path) -> "IDM":
-    """The network that a published checkpoint holds; what its shapes do not tell is as published."""
+    """Return the network that a published checkpoint holds; what its shapes do not tell is as published."""
     state = read_official(path)
-    net = _without_values(cls, official_config(state, path)).to_empty(device="cpu")
+    net = _without_values(cls, official_config(state, path), state, path)
     load_official(net, state, path)
     return net.eval()
 
 
 def official_config(state: State, path: Path) -> dict[str, Any]:
-    """The arguments of IDM that a published checkpoint's shapes tell."""
+    """Return the arguments of IDM that a published checkpoint's shapes tell."""
     alpha = _entry(state, "alpha", 1, path)
     if len(alpha) == 0:
         raise WeightsError(f"{path} does not fit: alpha is (0,), but there is at least one sampling step")
@@ -142,59 +143,65 @@ def official_config(state: State, path: Path) -> dict[str, Any]:
     }
 
 
-def load_official(net: "IDM", state: State, path: Path) -> None:
+def load_official(net: "IDM", state: State, source: str | Path) -> None:
     """Copy a published state_dict into `net`; raises WeightsError naming what does not fit, and then copies nothing."""
-    names = list(official_names(net))
-    problems = _misfits(names, state)
-    if not problems:
-        first_names: dict[nn.Parameter, str] = {}
-        for name, parameter in names:
-            first = first_names.setdefault(parameter, name)
-            if not _same(state[name], state[first]):
-                problems.append(f"{name} differs from {first}, though they are one parameter")
-    _load(names, state, path, problems)
+    _load(net, official_names, state, source)
 
 
 # --- our own folders -----------------------------------------------------------------------------------------------
 
 def meant(path: Path) -> Path:
-    """`path`, or the folder of `save_pretrained` that is meant by a file in it, or by a run's folder around it."""
-    if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+    """Return the folder of `save_pretrained` that is meant by a file in it, a run's folder around it, or a hub's."""
+    if path.name.startswith("diffusion_pytorch_model.") and (path.parent / "config.json").is_file():
         return path.parent
+    path = snapshot(path)
     return path / "pretrained" if (path / "pretrained").is_dir() else path
 
 
-def read_pretrained(cls: type["IDM"], folder: Path) -> "IDM":
-    """`from_pretrained` of a local folder, which raises WeightsError where that would fill gaps with random numbers."""
+def read_pretrained(cls: type["IDM"], folder: Path, file: Path | None = None) -> "IDM":
+    """Do what `from_pretrained` does with a local folder, but raise WeightsError where that would fill in numbers.
+
+    Of several sets of weights in the folder the best is taken, or the one that begins with `file`.
+    """
     config = read_config(folder, cls.__name__)
-    state = read_tensors(weight_file(folder))
-    try:
-        net = _without_values(cls, config)
-    except (ValueError, TypeError) as error:
-        raise WeightsError(f"{folder}/config.json describes no {cls.__name__}: {first_line(error)}") from error
-    problems = _misfits(list(net.named_parameters()), state)
-    if not problems:
-        net.to_empty(device="cpu")
-    _load(list(net.named_parameters()), state, folder, problems)
+    files = weight_files(folder) if file is None else [folder / shard for shard in shards(file)] or [file]
+    state = read_sharded(files)
+    net = _without_values(cls, config, state, f"{folder}/config.json")
+    _load(net, nn.Module.named_parameters, state, folder)
     return net.eval()
 
 
 # --- base models ---------------------------------------------------------------------------------------------------
 
-def read_base_unet(source: str | Path) -> tuple[State, int]:
-    """State_dict of a Stable Diffusion U-Net under diffusers' names, and its number of attention heads.
+def build_on_unet(cls: type["IDM"], source: str | Path, num_steps: int) -> "IDM":
+    """Return a network that has what Stable Diffusion's U-Net has; what is beyond it has its initial values.
 
     Args:
-        source: a local folder (of a pipeline or of its U-Net), a local file (.safetensors, or .ckpt and .bin, which are
-            pickles and are read without running code), or a hub id, of which only the U-Net is fetched.
+        source: a local folder (of a pipeline, of its U-Net, or of the hub's cache), a local file (.safetensors, or
+            .ckpt and .bin, which are pickles and are read without running code), or a hub id, of which only the U-Net
+            is fetched.
 
     Raises:
         WeightsError: where the source is missing, or holds no U-Net that an IDM can be cut from.
     """
+    state, heads = read_base_unet(source)
+    config = {"block_out_channels": widths(state, source), "num_steps": num_steps, "shuffle": shuffle(state, source),
+              "num_attention_heads": heads}
+    with torch.device("meta"):
+        names = list(base_names(cls(**config)))
+    state = {name: state[name] for name, _ in names if name in state}  # of what is cut away, nothing is asked
+    _check(names, state, source)  # before any memory is asked for
+    net = cls(**config)
+    _load(net, base_names, state, source)
+    return net
+
+
+def read_base_unet(source: str | Path) -> tuple[State, int]:
+    """Return the state_dict of a Stable Diffusion U-Net under diffusers' names, and its number of attention heads."""
     path = Path(source)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return read_tensors(path), DEFAULT_HEADS
-    folder = path if path.is_dir() else fetch_pipeline(str(source))
+    folder = snapshot(path) if path.is_dir() else fetch_unet(str(source))
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     config = read_config(folder, "UNet2DConditionModel")
     for key, value in {"layers_per_block": 2, "norm_num_groups": NORM_GROUPS, "act_fn": "silu"}.items():
@@ -204,17 +211,10 @@ def read_base_unet(source: str | Path) -> tuple[State, int]:
     if not isinstance(heads, int):
         raise WeightsError(f"{source} does not fit: its scales have different numbers of attention heads ({heads}), "
                            "as Stable Diffusion 2 has; an IDM is built on Stable Diffusion v1, which has one number")
-    state = read_tensors(weight_file(folder))
+    state = read_sharded(weight_files(folder))
     if heads < 1 or any(width % heads for width in widths(state, source)):
         raise WeightsError(f"{source} does not fit: {heads} attention heads do not divide its widths")
     return state, heads
-
-
-def load_base_unet(net: "IDM", state: State, source: str | Path) -> None:
-    """Copy what Stable Diffusion's U-Net has into `net`; what `net` has beyond it keeps its values."""
-    names = list(base_names(net))
-    state = {name: state[name] for name, _ in names if name in state}  # of what is cut away, nothing is asked
-    _load(names, state, source, _misfits(names, state))
 
 
 def widths(state: State, source: str | Path, prefix: str = "") -> tuple[int, int]:
@@ -241,52 +241,81 @@ def shuffle(state: State, source: str | Path, prefix: str = "") -> int:
 
 # --- common --------------------------------------------------------------------------------------------------------
 
-def _without_values(cls: type["IDM"], config: dict[str, Any]) -> "IDM":
-    """A network whose parameters have no values, nor memory, yet: no time is spent on some that will be replaced."""
-    with torch.device("meta"):
-        return cls.from_config(config)
+def _without_values(cls: type["IDM"], config: dict[str, Any], state: State, source: str | Path) -> "IDM":
+    """Return a network whose parameters have no values, nor memory, yet; none is built that `state` cannot fill."""
+    steps = config.get("num_steps")
+    if isinstance(steps, int) and 4 * steps > len(state):  # two convolutions of each injector
+        raise WeightsError(f"{source} does not fit: {steps} sampling steps have more weights than {len(state)} tensors")
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # RuntimeError: sizes that overflow
+        raise WeightsError(f"{source} describes no {cls.__name__}: {first_line(error)}") from error
 
 
 def _entry(state: State, key: str, dimensions: int, source: str | Path) -> Tensor:
     if key not in state:
-        raise WeightsError(f"{source} does not fit: missing key {key}")
-    tensor = state[key]
-    if not isinstance(tensor, Tensor) or tensor.ndim != dimensions:
-        raise WeightsError(f"{source} does not fit: {key} is {_describe(tensor)}, not of {dimensions} dimensions")
-    return tensor
+        raise WeightsError(f"{source} does not fit: missing key {key}{_whose(state, key)}")
+    if not is_plain(state[key]) or state[key].ndim != dimensions:
+        raise WeightsError(f"{source} does not fit: {key} is {_describe(state[key])}, not of {dimensions} dimensions")
+    return state[key]
 
 
-def _misfits(names: list[tuple[str, nn.Parameter]], state: State) -> list[str]:
-    """Why `state` cannot be copied into the parameters, key by key."""
-    misfits = []  # first in the list, since the others may follow from them
+def _whose(state: State, asked: str) -> str:
+    """Return what the weights are that lack the key asked for, and who reads them; empty where that is not known."""
+    if "input_scale" in state:
+        return ("; it holds a state_dict of IDM, which does not tell its settings: use the folder that save_pretrained "
+                "writes, such as train.py's folder pretrained, or load_state_dict")
+    if "conv_in.weight" in state:
+        return "; it holds a U-Net, on which IDM.from_unet (train.py --base_model) builds"
+    if "unet.conv_in.weight" in state and asked == "conv_in.weight":
+        return "; it holds weights of IDM, which IDM.from_checkpoint reads"
+    return ""
+
+
+def _check(names: list[tuple[str, nn.Parameter]], state: State, source: str | Path) -> None:
+    """Raise WeightsError where `state` cannot be copied into the parameters, key by key."""
+    problems = []  # first in the list, since the others may follow from them
     for name, parameter in names:
         if name not in state:
             continue
-        tensor = state[name]
-        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-            misfits.append(f"{name} is {_describe(tensor)}, not {tuple(parameter.shape)}")
-        elif not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
-            misfits.append(f"{name} holds no floating-point numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})")
+        if not is_plain(state[name]):
+            problems.append(f"{name} holds no plain floating-point numbers ({_describe(state[name])})")
+        elif state[name].shape != parameter.shape:
+            problems.append(f"{name} is {_describe(state[name])}, not {tuple(parameter.shape)}")
     known = dict(names)
-    missing = [f"missing key {name}" for name in known if name not in state]
-    return misfits + missing + [f"unexpected key {name}" for name in state if name not in known]
+    problems += [f"missing key {name}" for name in known if name not in state]
+    problems += [f"unexpected key {name}" for name in state if name not in known]
+    if not problems:
+        first_names: dict[nn.Parameter, str] = {}
+        for name, parameter in names:
+            first = first_names.setdefault(parameter, name)
+            if not _same(state[name], state[first]):
+                problems.append(f"{name} differs from {first}, though they are one parameter")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise WeightsError(f"{source} does not fit: {'; '.join(problems[:5])}{more}")
 
 
 def _describe(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if is_plain(value):
+        return str(tuple(value.shape))
+    if isinstance(value, Tensor):
+        return f"{value.dtype}, {value.layout}, {value.device}"
+    return f"a {type(value).__name__}"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal numbers, where NaN equals NaN: what a diverged training saved is not an inconsistent file."""
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    """Return whether two tensors hold the same bits; NaN among them, which a diverged training saves, is no damage."""
+    return a is b or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 @torch.no_grad()
-def _load(names: list[tuple[str, nn.Parameter]], state: State, source: str | Path, problems: list[str]) -> None:
-    """Copy state[name] into each parameter; where there are problems, copy nothing and raise them."""
-    if problems:
-        shown = "; ".join(problems[:5])
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise WeightsError(f"{source} does not fit: {shown}{more}")
-    for name, parameter in names:
+def _load(net: "IDM", names: Callable[["IDM"], Iterable[tuple[str, nn.Parameter]]], state: State,
+          source: str | Path) -> None:
+    """Copy state[name] into each parameter; where anything does not fit, nothing is copied, nor memory asked for."""
+    _check(list(names(net)), state, source)
+    if any(parameter.is_meta for parameter in net.parameters()):
+        net.to_empty(device="cpu")
+    for name, parameter in names(net):
         parameter.copy_(state[name])

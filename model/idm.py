@@ -157,16 +157,13 @@ class IDM(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_unet(cls, source: str | Path, num_steps: int = 3) -> "IDM":
-        """Build on Stable Diffusion v1.5's U-Net; the rest keeps its initial values. See `checkpoint.read_base_unet`.
+        """Build on Stable Diffusion v1.5's U-Net; the rest keeps its initial values. See `checkpoint.build_on_unet`.
 
         Args:
             source: a hub id, a local diffusers folder (a pipeline or just its U-Net), or a one-file checkpoint.
             num_steps: T.
         """
-        state, heads = checkpoint.read_base_unet(source)
-        net = cls(checkpoint.widths(state, source), num_steps, checkpoint.shuffle(state, source), heads)
-        checkpoint.load_base_unet(net, state, source)
-        return net
+        return checkpoint.build_on_unet(cls, source, num_steps)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "IDM":
@@ -175,8 +172,11 @@ class IDM(ModelMixin, ConfigMixin):
         Raises:
             WeightsError: where there is none, or it does not fit; then the message says what and where.
         """
-        path = checkpoint.meant(Path(path))
-        return checkpoint.read_pretrained(cls, path) if path.is_dir() else checkpoint.build_official(cls, path)
+        path = Path(path)
+        folder = checkpoint.meant(path)
+        if folder.is_dir():
+            return checkpoint.read_pretrained(cls, folder, None if path.is_dir() else path)
+        return checkpoint.build_official(cls, path)
 
     @property
     def fits_official_format(self) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.weight_files import zip_damage
 from utils.devices import memory_suffices
 from utils.errors import UserError, first_line
 from utils.files import remove, write_whole, write_whole_folder
@@ -103,19 +104,15 @@ def load_state(path: Path) -> TrainingState:
     """
     try:
         with memory_suffices(f"to read {path}"):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                # And where an entry is marked as a folder, it leaves the tensor as it finds it in memory.
-                marked = (entry.filename for entry in archive.infolist() if entry.external_attr)
-                damaged = archive.testzip() or next(marked, None)
-            if damaged is None:
+            if (damage := zip_damage(path)) is None:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"cannot read {path} ({first_line(error)})") from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile,
             zlib.error) as error:
         raise DamagedState(f"{path} is not a whole training state ({first_line(error)})") from error
-    if damaged is not None:
-        raise DamagedState(f"{path} is damaged ({damaged} is not as it was written)")
+    if damage is not None:
+        raise DamagedState(f"{path} is damaged ({damage})")
     try:
         return TrainingState(**{**content, "progress": Progress(**{**content}["progress"])})
     except (TypeError, KeyError) as error:
