@@ -43,9 +43,9 @@ def train_step(
 @torch.no_grad()
 def update(run: "Run", loss: Tensor) -> Tensor:
     """One step of Adam, or none where the gradients are not finite; returns their norm."""
-    settings, iteration = run.settings, run.progress.iteration
+    settings = run.settings
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(settings, iteration)
+        group["lr"] = learning_rate(settings, run.progress.iteration)
     run.scaler.unscale_(run.optimizer)
     norm = get_total_norm([parameter.grad for parameter in run.net.parameters() if parameter.grad is not None])
     if settings.clip:
@@ -57,7 +57,8 @@ def update(run: "Run", loss: Tensor) -> Tensor:
     run.scaler.update()
     run.optimizer.zero_grad()
     if run.ema:
-        decay = min(settings.ema, (1 + iteration) / (10 + iteration))  # the first weights are forgotten
+        seen = run.iterations_of_weights
+        decay = min(settings.ema, (1 + seen) / (10 + seen))  # the first weights are forgotten
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.net.parameters()), 1 - decay)
     run.count(loss, finite)
     return norm

@@ -8,11 +8,11 @@ import torch
 import train
 from model.operators import random_sampling_matrix
 from utils.distributed import Process
-from utils.training.draws import Draw, Draws
+from utils.training.draws import Draw, Draws, matrix_seed
 from utils.training.learning_rate import learning_rate
 from utils.training.loop import give_up_if_nothing_is_finite
 from utils.training.run import Run
-from utils.training.settings import Settings, training_ratios
+from utils.training.settings import TEST_SEED, Settings, training_ratios
 from utils.training.state import Progress
 
 SIDE = 8  # of crops
@@ -41,8 +41,8 @@ class Constant(torch.nn.Module):
 
 
 def make_run(iteration: int = 0, **more) -> Run:
-    settings = Settings(**{"block_size": 4, "patch_size": SIDE, "batch_size": 2, "learning_rate": 1e-3, "warm_up": 0,
-                           "precision": "fp32", "iters_per_epoch": 1, **more})
+    settings = Settings(**{"block_size": 4, "patch_size": SIDE, "batch_size": 2, "learning_rate": 1e-3,
+                           "precision": "fp32", "iters_per_epoch": 1, **more}).completed()
     net, average = Constant(), Constant().requires_grad_(False) if settings.ema else None
     return Run(settings, Process(0, 1, CPU), None, net, average, torch.optim.Adam(net.parameters(), fused=True),
                torch.amp.GradScaler("cpu", enabled=settings.precision == "fp16"), Progress(iteration=iteration))
@@ -64,6 +64,13 @@ def test_draws_are_those_that_were_recorded(place, columns, symmetry, begins, we
         assert draw.operator.sampling_matrix[0, :3].tolist() == pytest.approx(matrix, abs=2e-6)
     drawn_alone = random_sampling_matrix(1.0, 16, torch.Generator().manual_seed(seed + slot))
     assert torch.equal(draw.operator.sampling_matrix, drawn_alone[:, :expected])
+
+
+def test_only_the_published_seed_trains_with_the_matrix_of_the_tests():
+    for seed in range(2015, 2035):
+        seeds = [matrix_seed(seed, slot) for slot in range(16)]
+        assert len(set(seeds)) == 16 and (TEST_SEED in seeds) == (seed == 2025)
+        assert seeds == [seed + slot for slot in range(16)] or seed < 2025 < seed + 16
 
 
 def test_crops_come_in_all_eight_orientations():
@@ -126,6 +133,9 @@ def test_learning_rates_are_the_closed_forms():
     rates = [learning_rate(cosine, i) for i in (0, 999, 25_500)]
     assert rates == [pytest.approx(value) for value in (1e-7, 1e-4, 5e-5)]
     assert 0 < learning_rate(cosine, 49_999) < 1e-9
+    linear = Settings(lr_schedule="linear", warm_up=10_000).completed()
+    rates = [learning_rate(linear, i) for i in (0, 10_000, 30_000, 49_999)]
+    assert rates == [pytest.approx(value) for value in (1e-8, 1e-4, 5e-5, 2.5e-9)]
 
 
 def test_clipping_scales_all_gradients_to_the_norm():

@@ -6,6 +6,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,10 +16,12 @@ import skimage
 import torch
 
 import train
-from model import IDM
+from model import IDM, BlockCompressedSensing
+from model.operators import random_sampling_matrix
 from tests.test_files import held_by_another_process
 from utils import files
-from utils.distributed import Process, Pulse
+from utils.data.crops import TrainingCrops
+from utils.distributed import Process, Pulse, seed_of
 from utils.errors import UserError, run
 from utils.training import loop, report, start
 from utils.training.settings import Settings
@@ -108,6 +112,65 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole,
                               for place in (tmp_path, whole))
     assert resumed[0].split(", ")[0] == uninterrupted[0].split(", ")[0]  # the loss over both halves of the epoch
     assert resumed[1:] == uninterrupted[1:]  # the scores
+
+
+def plain_steps(state: dict, data: Path, rates: list[float]) -> tuple[dict, dict]:
+    """Go on from what torch.load reads of a state, at these learning rates: the weights, and their average."""
+    net = IDM(**state["network"])
+    net.load_state_dict(state["model"])
+    net.invertible = "none"
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    optimizer.load_state_dict(deepcopy(state["optimizer"]))  # which it changes in place
+    average = {name: state["ema"][name] for name, _ in net.named_parameters()}
+    matrix = random_sampling_matrix(1.0, 16, torch.Generator().manual_seed(2031))
+    pictures = TrainingCrops(data / "pristine_images", 32, 2031)
+    first, crops = state["progress"]["iteration"], state["progress"]["crops"]
+    for iteration, rate in enumerate(rates, start=first):
+        generator = torch.Generator().manual_seed(seed_of(2031, iteration, 0))
+        ratio = (0.1, 0.5)[int(torch.randint(2, (), generator=generator))]
+        symmetry = int(torch.randint(8, (), generator=generator))
+        operator = BlockCompressedSensing(matrix[:, :math.ceil(ratio * 256)], torch.randperm(1024, generator=generator),
+                                          (32, 32))
+        x = torch.stack([pictures[crops], pictures[crops + 1]]).float() / 255
+        x = x.rot90(symmetry % 4, (2, 3))
+        x = x.flip(3) if symmetry >= 4 else x
+        ((net(operator.A(x), operator) - x)**2).mean((1, 2, 3)).log().mean().backward()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        kept, crops = min(0.9, (1 + iteration) / (10 + iteration)), crops + 2
+        average = {name: kept * average[name] + (1 - kept) * now.detach() for name, now in net.named_parameters()}
+    return net.state_dict(), average
+
+
+def test_a_run_goes_on_or_decays_from_a_state_as_plain_code_does_with_its_numbers(call, data, tmp_path, capsys):
+    """The state is one that was written before there were settings of decay."""
+    more = ["--loss", "log_mse", "--lr_schedule", "constant", "--ema", "0.9", "--seed", "2031", "--invertible", "none",
+            "--testset_name", "none"]
+    call(*more, "--epoch", "1")
+    folder = tmp_path / "weight" / NAME
+    path, *_ = states = list_states(folder)
+    state = torch.load(path)
+    del state["configuration"]["decay_from"], state["progress"]["before"]
+    torch.save(state, path)
+    before = path.read_bytes()
+    decay = ["--decay_from", str(folder), "--epoch", "1", "--learning_rate", "3e-4", "--loss", "log_mse", "--ema",
+             "0.9", "--seed", "2031", "--invertible", "none", "--testset_name", "none"]
+    call(*decay, "--max_iters", "1", place=tmp_path / "decay")
+    call(*decay, place=tmp_path / "decay")
+    assert f"T = 2, from {folder} after 2 iterations" in capsys.readouterr().out
+    assert path.read_bytes() == before and list_states(folder) == states
+    call(*more)
+    for place, rates in ((tmp_path / "decay", [3e-4, 1.5e-4]), (tmp_path, [1e-4, 1e-4])):
+        expected, average = plain_steps(state, data, rates)
+        found = read_state(place)
+        assert all(torch.allclose(found.model[name], expected[name], atol=1e-7) for name in expected)
+        assert all(torch.allclose(found.ema[name], average[name], atol=1e-7) for name in average)
+    for flag, sentence in (("nowhere", "nowhere is not a whole training state"),
+                           (str(data), f"--decay_from {data} holds no training state; name a run's folder")):
+        with pytest.raises(SystemExit):
+            call("--decay_from", flag, place=tmp_path / "other")
+        assert sentence in capsys.readouterr().err
 
 
 def before_steps(monkeypatch, act: Callable) -> None:
@@ -360,10 +423,10 @@ def test_training_can_start_from_a_checkpoint(whole, tmp_path):
     torch.save(published.official_state_dict(), tmp_path / "net_params_2.pkl")
     for source, expected in ((whole / "weight" / NAME / "pretrained", weights(whole)),
                              (tmp_path / "net_params_2.pkl", published.state_dict())):
-        net = start.build_network(Settings(base_model=str(source), step_number=2), alone)
-        assert same(net.state_dict(), expected)
+        settings = Settings(base_model=str(source), step_number=2, patch_size=32, precision="fp32").completed()
+        assert same(start.build_run(settings, alone, None, None).net.state_dict(), expected)
         with pytest.raises(UserError, match="use --step_number 2"):
-            start.build_network(Settings(base_model=str(source), step_number=3), alone)
+            start.build_run(replace(settings, step_number=3), alone, None, None)
 
 
 def test_without_flags_all_is_as_published(monkeypatch):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from utils.distributed import seed_of
 from utils.measurement import Measurement
-from utils.training.settings import Settings
+from utils.training.settings import TEST_SEED, Settings
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Draws:
         self.measurement = Measurement("cs", {"cs_ratio": max(settings.cs_ratio.values),
                                               "block_size": settings.block_size})
         self.shared: Mapping[int, dict[str, Any]] = {
-            slot: self.measurement.shared(device, seed=settings.seed + slot) for slot in slots}
+            slot: self.measurement.shared(device, seed=matrix_seed(settings.seed, slot)) for slot in slots}
 
     def draw(self, iteration: int, slot: int) -> Draw:
         generator = torch.Generator().manual_seed(seed_of(self.settings.seed, iteration, slot))
@@ -49,3 +49,8 @@ class Draws:
         symmetry = int(torch.randint(8, (), generator=generator))
         side = self.settings.patch_size
         return Draw(symmetry, measurement.draw((side, side), generator, self.shared[slot]))
+
+
+def matrix_seed(seed: int, slot: int) -> int:
+    """Return the seed of a slot's sampling matrix: seed + slot, as published, but never the tests' for other seeds."""
+    return seed + slot + (seed < TEST_SEED <= seed + slot)

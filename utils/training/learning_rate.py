@@ -1,4 +1,4 @@
-"""The learning rate over a run: the published steps, a cosine, or constant, after a rise from 0 where one is wanted."""
+"""The learning rate over a run, after a rise from 0 where one is wanted."""
 import math
 
 from utils.training.settings import Settings
@@ -15,4 +15,5 @@ def learning_rate(settings: Settings, iteration: int) -> float:
         return rate
     if settings.lr_schedule == "step":
         return rate * 0.5 ** sum(iteration // settings.iters_per_epoch >= epoch for epoch in HALVE_AFTER)
-    return rate * 0.5 * (1 + math.cos(math.pi * (iteration - warm_up) / (settings.iterations - warm_up)))
+    done = (iteration - warm_up) / (settings.iterations - warm_up)
+    return rate * (1 - done if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.evaluation.evaluate import Result, evaluate, evaluate_spread, mean_scores
 from utils.training.learning_rate import learning_rate
 from utils.training.run import Run
+from utils.training.settings import TEST_SEED
 
 POINTS = 50  # of TensorBoard's curves in an epoch
 STRIPS = 4  # test pictures that TensorBoard shows
@@ -22,6 +23,9 @@ STRIPS = 4  # test pictures that TensorBoard shows
 def opening(run: Run, notes: list[str]) -> str:
     """All that matters about what is about to happen."""
     settings, process, net = run.settings, run.process, run.net
+    source = settings.base_model
+    if settings.decay_from:
+        source = f"{settings.decay_from} after {run.progress.before} iterations"
     parameters = sum(parameter.numel() for parameter in net.parameters())
     device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else process.device.type
     extras = [f"invertible: {settings.invertible}"] + ["compiled"] * settings.compile
@@ -37,7 +41,7 @@ def opening(run: Run, notes: list[str]) -> str:
     lines = [
         ("pictures", f"{len(run.crops.names)} in {settings.train_dir}; crops of {side}x{side}"),
         ("network", f"{parameters:,} parameters, widths {' and '.join(map(str, net.config.block_out_channels))}, "
-                    f"T = {settings.step_number}, from {settings.base_model}"),
+                    f"T = {settings.step_number}, from {source}"),
         ("operator", f"ratio {settings.cs_ratio}, block size {settings.block_size}"),
         ("training", f"{length}; an iteration is {share}"),
         ("", f"learning rate {settings.learning_rate:g} ({settings.lr_schedule}{warm_up}), seed {settings.seed}"),
@@ -155,13 +159,13 @@ def test(run: Run, ratio: float) -> dict[str, float]:
         if run.log and len(shown) < STRIPS:
             shown.append(picture)
             (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], ratio, settings.block_size,
-                               settings.seed, size_multiple=net.size_multiple)
+                               TEST_SEED, size_multiple=net.size_multiple)
             strip = [back.reconstruction, result.reconstruction, picture.luminance]
             run.log.strip(iteration, f"back-projection, reconstruction, truth at {ratio:g}/{picture.name}", strip)
 
     net.eval()
     try:
-        scores = mean_scores(evaluate_spread(run.process, net, run.testset, ratio, settings.block_size, settings.seed,
+        scores = mean_scores(evaluate_spread(run.process, net, run.testset, ratio, settings.block_size, TEST_SEED,
                                              settings.precision, net.size_multiple, each=each))
     except UserError as error:
         run.report(f"{label}: test skipped: {error}")

@@ -47,6 +47,11 @@ class Run:
         return self.ema or self.net
 
     @property
+    def iterations_of_weights(self) -> int:
+        """That the weights have seen, those of the run that this one decays from among them."""
+        return self.progress.before + self.progress.iteration
+
+    @property
     def batches(self) -> int:
         """That make an iteration, of all processes together."""
         return self.process.world_size * self.settings.accumulate
@@ -74,7 +79,7 @@ class Run:
 
     def draw(self, slot: int) -> Draw:
         """Draw what this iteration's batch of the slot is trained with."""
-        return self._draws.draw(self.progress.iteration, slot)
+        return self._draws.draw(self.iterations_of_weights, slot)
 
     def exchanging(self, slot: int) -> AbstractContextManager:
         """Around the call of `model` for a slot: processes exchange gradients once, with their last batches."""

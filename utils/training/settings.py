@@ -91,10 +91,11 @@ class Settings:
     learning_rate: float = flag(1e-4, "of Adam, at the start", type=positive)
     loss: str = flag("l1", "l1: mean |x_hat - x|, as published; log_mse: mean log of each picture's mean square error, "
                      "which is PSNR", choices=LOSSES)
-    lr_schedule: str = flag("step", "step: halve after epochs 10, 20, 30, 40; cosine: down to 0; constant: for long "
-                            "runs with --ema", choices=("step", "cosine", "constant"))
-    warm_up: int | None = flag(None, "iterations over which the learning rate rises from 0; if not given, none with "
-                               "step and 2 %% of all with cosine", type=whole(0))
+    lr_schedule: str | None = flag(
+        None, "step: halve after epochs 10, 20, 30, 40; cosine and linear: down to 0; constant: for long runs with "
+        "--ema; if not given, step, and linear with --decay_from", choices=("step", "cosine", "linear", "constant"))
+    warm_up: int | None = flag(None, "iterations over which the learning rate rises from 0; if not given, none, and "
+                               "2 %% of all with cosine", type=whole(0))
     batch_size: int = flag(8, "crops per process", type=whole(1))
     accumulate: int = flag(1, "batches per process that make one iteration", type=whole(1))
     patch_size: int = flag(256, "side of a crop in pixels", type=whole(1))
@@ -107,6 +108,9 @@ class Settings:
                                  "this flag replaces when that epoch is finished", type=whole(1), decides=False)
     base_model: str = flag("stable-diffusion-v1-5/stable-diffusion-v1-5", "where weights come from: a hub id, a "
                            "folder, a file, an IDM checkpoint, or 'compact' for fresh ones")
+    decay_from: Path | None = flag(
+        None, "begin from the weights, their average and the optimizer of another run, which can go on: a state of it "
+        "or its folder; the learning rate falls to 0, over crops that are new to them", type=place)
     width: int = flag(64, "compact: width of the first scale, a multiple of 2 * SHUFFLE**2; the second has twice as "
                       "much", type=whole(1))
     shuffle: int = flag(4, "compact: side of the pixel square folded into channels", type=whole(1))
@@ -116,7 +120,8 @@ class Settings:
                            choices=("both", "sampling", "unet", "none"), decides=False)
     compile: bool = flag(False, "compile the blocks of the U-Net, which takes minutes at the start",
                          action="store_true", decides=False)
-    seed: int = flag(2025, "of the crops, operators and fresh weights", type=whole(0))
+    seed: int = flag(TEST_SEED, "of the crops, operators and fresh weights; tests measure with the matrix of 2025, "
+                     "which any other seed keeps out of training", type=whole(0))
     device: str | None = flag(None, "cpu, cuda or cuda:N; CUDA if there is any", of_machine=True)
     num_workers: int = flag(0, "processes that cut crops", type=whole(0), of_machine=True)
     data_dir: Path = flag(Path("data"), "folder of the test sets", type=place, of_machine=True)
@@ -154,11 +159,12 @@ class Settings:
 
     def completed(self) -> "Settings":
         """Return the settings with a value for all that follows from others, where it was not given."""
-        cosine = self.lr_schedule == "cosine"
+        schedule = self.lr_schedule or ("linear" if self.decay_from else "step")
+        warm_up = -(-self.iterations // 50) if schedule == "cosine" else 0
         return replace(
-            self, train_dir=self.train_dir or self.data_dir / "pristine_images",
-            cache_dir=None if self.no_cache else self.cache_dir or self.data_dir / "cache",
-            warm_up=(-(-self.iterations // 50) if cosine else 0) if self.warm_up is None else self.warm_up)
+            self, lr_schedule=schedule, warm_up=warm_up if self.warm_up is None else self.warm_up,
+            train_dir=self.train_dir or self.data_dir / "pristine_images",
+            cache_dir=None if self.no_cache else self.cache_dir or self.data_dir / "cache")
 
     def shared(self) -> dict[str, str]:
         """Return what all processes must be given alike, as text by name."""
@@ -167,7 +173,7 @@ class Settings:
     def deciding(self) -> dict[str, str | int | float | None]:
         """Return all that decides what the weights will be, by name, in values that a state can hold."""
         names = [each.name for each in fields(self) if each.metadata["decides"]]
-        names += ["epoch"] if self.lr_schedule == "cosine" else []
+        names += ["epoch"] if self.lr_schedule in ("cosine", "linear") else []
         return {name: storable(getattr(self, name)) for name in names}
 
 

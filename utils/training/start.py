@@ -26,6 +26,7 @@ from utils.training.state import (
     holds_checkpoint,
     list_states,
     load_newest_state,
+    load_state,
     restore_random_states,
     seed_all,
 )
@@ -44,10 +45,14 @@ def open_run(settings: Settings, process: Process) -> tuple[Run, dict[str, Any] 
         files.make_folder(settings.log_dir, "--log_dir")
         lock = files.hold(settings.folder, "--model_dir")
     state, notes = find_state(settings, process)
+    resumed = state is not None
     testset, test_notes = open_testset(settings, process)
     crops = open_crops(settings, process)
     if state:
         notes += check_state(state, configuration(settings, crops), settings, process)
+    elif settings.decay_from:
+        state, more = state_to_decay(settings, process)
+        notes += more
     run = build_run(settings, process, crops, state)
     run.testset, run.lock = testset, lock
     if process.is_main:
@@ -58,9 +63,9 @@ def open_run(settings: Settings, process: Process) -> tuple[Run, dict[str, Any] 
         if len(crops.unreadable) > NAMED:
             notes.append(f"all files that cannot be read are named in {run.log.text}")
         print(opening(run, [*notes, *test_notes, crops.notice]), flush=True)
-        if state:
+        if resumed:
             run.report(f"resumed from iteration {run.progress.iteration}")
-    return run, state and state.unlogged
+    return run, state.unlogged if resumed else None
 
 
 def default_precision(process: Process) -> str:
@@ -90,15 +95,35 @@ def find_state(settings: Settings, process: Process) -> tuple[TrainingState | No
         raise UserError(f"{folder} holds an earlier run; leave out --no-resume to go on with it, or train into another "
                         "--model_dir")
     state, notes = load_newest_state(folder)
-    done = process.all_gather(state.progress.iteration if state else -1)
-    if len(set(done)) > 1:
-        raise UserError("the processes find different states to go on from; --model_dir must be one folder that all "
-                        "machines share")
+    check_same_state(state, "--model_dir", process)
     if state and state.progress.iteration == 0:
         state = None  # not begun: a start makes the same network again, or another if the settings are others
     elif state is None and holds_checkpoint(folder):
         raise UserError(f"{folder} holds weights but no state to go on from; train into another --model_dir")
     return state, notes
+
+
+def state_to_decay(settings: Settings, process: Process) -> tuple[TrainingState, list[str]]:
+    """Return the state of another run as the beginning of this one; and what there is to say about it.
+
+    Raises:
+        UserError: where there is none, or the processes find different ones.
+    """
+    seed_all(settings.seed)
+    path = settings.decay_from
+    state, notes = load_newest_state(path) if path.is_dir() else (load_state(path), [])
+    if state is None:
+        raise UserError(f"--decay_from {path} holds no training state; name a run's folder, or a state_*.pt in one")
+    check_same_state(state, "--decay_from", process)
+    seen = Progress(crops=state.progress.crops, before=state.progress.before + state.progress.iteration)
+    return replace(state, progress=seen, random=[], unlogged=None), notes
+
+
+def check_same_state(state: TrainingState | None, flag: str, process: Process) -> None:
+    """Raise UserError unless all processes have found the same state; every rank must call it."""
+    if len(set(process.all_gather(state and (state.progress.before, state.progress.iteration)))) > 1:
+        raise UserError(f"the processes find different states to go on from; {flag} must be one folder that all "
+                        "machines share")
 
 
 def check_state(state: TrainingState, now: dict[str, Any], settings: Settings, process: Process) -> list[str]:
@@ -141,8 +166,13 @@ def open_crops(settings: Settings, process: Process) -> TrainingCrops:
 def build_run(settings: Settings, process: Process, crops: TrainingCrops, state: TrainingState | None) -> Run:
     """Build the network, its average and the optimizer, as a state has them where there is one."""
     net = IDM(**state.network) if state else build_network(settings, process)
+    if (steps := net.config.num_steps) != settings.step_number:
+        source = settings.decay_from or settings.base_model
+        raise UserError(f"{source} takes {steps} steps; use --step_number {steps}")
     if settings.patch_size % (multiple := math.lcm(settings.block_size, net.size_multiple)):
         raise UserError(f"--patch_size must be a multiple of {multiple} here, not {settings.patch_size}")
+    if state:
+        net.load_state_dict(state.model)
     with memory_suffices(f"for the network on {process.device}; choose another --device"):
         net.to(process.device).invertible = settings.invertible
         ema = deepcopy(net).requires_grad_(False).eval() if settings.ema else None
@@ -150,11 +180,11 @@ def build_run(settings: Settings, process: Process, crops: TrainingCrops, state:
     scaler = torch.amp.GradScaler(process.device.type, enabled=settings.precision == "fp16")
     if not state:
         return Run(settings, process, crops, net, ema, optimizer, scaler, Progress())
-    net.load_state_dict(state.model)
-    if ema:
+    if ema and state.ema:  # a run that decays from one without an average begins one
         ema.load_state_dict(state.ema)
     optimizer.load_state_dict(state.optimizer)
-    scaler.load_state_dict(state.scaler)
+    if state.scaler:  # that of another precision has none
+        scaler.load_state_dict(state.scaler)
     if process.rank < len(state.random):
         restore_random_states(state.random[process.rank])
     return Run(settings, process, crops, net, ema, optimizer, scaler, state.progress)
@@ -174,12 +204,9 @@ def build_network(settings: Settings, process: Process) -> IDM:
         with process.main_first():
             if not holds_idm(Path(source)):
                 return IDM.from_unet(source, num_steps=steps)
-            net = IDM.from_checkpoint(source)
+            return IDM.from_checkpoint(source)
     except WeightsError as error:
         raise UserError(str(error)) from error
-    if net.config.num_steps != steps:
-        raise UserError(f"{source} takes {net.config.num_steps} steps; use --step_number {net.config.num_steps}")
-    return net
 
 
 def holds_idm(path: Path) -> bool:

@@ -27,7 +27,8 @@ class Progress:
     """How far a run is; an epoch's mean loss is over the iterations that were not skipped."""
 
     iteration: int = 0
-    crops: int = 0  # that all processes have drawn together
+    crops: int = 0  # that all processes have drawn together, counting those of the run that this one decays from
+    before: int = 0  # iterations of that run
     loss_sum: float = 0.0  # since the beginning of the epoch
     loss_count: int = 0
     skipped: int = 0
