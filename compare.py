@@ -28,7 +28,7 @@ from utils.comparison.tables import (
 )
 from utils.data.testsets import Picture, load_testset
 from utils.errors import UserError, first_line, run
-from utils.files import hold, make_folder, write_whole
+from utils.files import lock_folder, make_folder, write_atomic
 from utils.flags import Parser, percent, place, positive, ratios
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         if path.resolve() == folder.resolve():
             raise UserError(f"{folder} holds the pictures of {name} and their scores; choose another --result_dir")
     make_folder(folder, "--result_dir")
-    with hold(folder, "--result_dir"):
+    with lock_folder(folder, "--result_dir"):
         compare(args, folders, pictures, chosen, folder)
 
 
@@ -153,7 +153,7 @@ def write_tables(folder: Path, comparison: Comparison) -> list[str]:
         "pictures.tex": latex(pictures_table(comparison)),
     }
     for name, text in files.items():
-        write_whole(folder / name, text.encode())
+        write_atomic(folder / name, text.encode())
     return list(files)
 
 

@@ -38,9 +38,6 @@ class Decoding:
     def __init__(self, paths: list[Path]):
         self.paths = paths
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
     def __getitem__(self, number: int) -> np.ndarray:
         return read_picture(self.paths[number])[0]
 
@@ -100,6 +97,7 @@ def settings(train_dir: Path, scratch: Path, size: int) -> dict[str, TrainingCro
     for name, folder, suffix in ((BASELINE, train_dir, ""), ("decoding PNG", scratch / "png", ".png"),
                                  ("decoding BMP", scratch / "bmp", ".bmp")):
         crops = sources[name] = TrainingCrops(train_dir, size, cache_dir=scratch / "cache")
+        crops.numbers = range(len(crops.names))
         crops.pictures = Decoding([folder / (picture + suffix) for picture in crops.names])
     first = sources["mapped cache"]
     for name, crops in sources.items():

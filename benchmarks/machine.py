@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from utils.files import write_whole
+from utils.files import write_atomic
 
 
 def machine(device: str = "cpu") -> dict[str, str | int | float]:
@@ -36,4 +36,4 @@ def cpu_name() -> str:
 
 def save_results(path: Path, results: dict) -> None:
     """Write results as JSON, whole or not at all."""
-    write_whole(path, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(results, indent=1) + "\n").encode())

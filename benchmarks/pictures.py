@@ -4,7 +4,7 @@ from pathlib import Path
 
 import matplotlib
 
-from utils.files import write_whole
+from utils.files import write_atomic
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -14,4 +14,4 @@ def save(figure: plt.Figure, path: Path, dpi: int = 110) -> None:
     """Write a figure as PNG, and close it."""
     figure.savefig(image := io.BytesIO(), dpi=dpi)
     plt.close(figure)
-    write_whole(path, image.getvalue())
+    write_atomic(path, image.getvalue())

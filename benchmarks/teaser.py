@@ -19,7 +19,7 @@ from utils.data.images import in_8_bits  # noqa: E402
 from utils.data.testsets import Picture, load_testset  # noqa: E402
 from utils.errors import UserError, listed, run  # noqa: E402
 from utils.evaluation.evaluate import evaluate  # noqa: E402
-from utils.files import write_whole  # noqa: E402
+from utils.files import write_atomic  # noqa: E402
 from utils.flags import Parser  # noqa: E402
 
 WEIGHTS = ROOT / "weight" / "compact"
@@ -42,7 +42,7 @@ def draw(path: Path, names: Sequence[str] = ("chelsea", "coffee"), weights: Path
     if unknown := [name for name in names if name not in samples]:
         raise UserError(f"the Samples have no picture {listed(unknown)}; they have {listed(samples, len(samples))}")
     _, png = cv2.imencode(".png", np.concatenate([row(net, samples[name]) for name in names], axis=0))
-    write_whole(path, png.tobytes())
+    write_atomic(path, png.tobytes())
 
 
 def row(net: IDM, picture: Picture) -> np.ndarray:

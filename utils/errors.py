@@ -31,6 +31,17 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def is_first() -> bool:
+    """Return whether this process speaks for all that `torch.distributed.run` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """Print on stderr what a user should know; the first process alone does."""
+    if is_first():
+        print(f"note: {printable(text)}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[], None], *also: type[Exception]) -> None:
     """Call `main`; turn a UserError, the operating system's or one of `also` into its message and exit status 2.
 

@@ -1,102 +1,149 @@
-"""Files and folders that are whole or not there, and on the disk when the function returns."""
+"""Atomic writes, which leave a complete file or folder or the former one; locks; and sentences for what fails."""
+import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, note
 
 PATIENCE = 15  # seconds in which the workers of a process that was killed end as well
+ABANDONED = 600  # seconds in which whoever writes a file has written some of it
 
 
 def make_folder(
     folder: Path,
     flag: str,  # the flag that chose it, for the message
 ) -> None:
-    """Make a folder, if need be, and find out now whether files can be written into it; raises UserError if not."""
+    """Make a folder, if need be, and find out now whether files can be written into it; raises UserError if not.
+
+    What processes that were killed left unfinished in it is removed.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            now = os.fstat(file.fileno()).st_mtime  # by the clock of the file system
+        for path in folder.glob(".*.partial"):
+            with suppress(FileNotFoundError):
+                if now - path.stat().st_mtime > ABANDONED:
+                    _remove(path)
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else first_line(error)
         raise UserError(f"cannot write into {folder} ({reason}); choose another {flag}") from error
 
 
-def hold(
+def lock(
+    path: Path,
+    waiting: str | None = None,  # for whom, in a note after a few seconds; None: it is a mistake to have to wait
+) -> AbstractContextManager:
+    """Lock a file until the context ends, or what is returned is gone, or this process ends.
+
+    Nothing is locked where the file system has no locks. Raises filelock.Timeout where `waiting` is None and another
+    process still has the lock after PATIENCE seconds.
+    """
+    file_lock = FileLock(path, is_singleton=True, fallback_to_soft=False)
+    try:
+        return file_lock.acquire(timeout=5 if waiting else PATIENCE)
+    except Timeout:
+        if not waiting:
+            raise
+    except (OSError, NotImplementedError):  # as on some network file systems
+        return nullcontext()
+    note(f"waiting for {waiting}")
+    return file_lock.acquire()
+
+
+def lock_folder(
     folder: Path,
     flag: str,  # the flag that chose it, for the message
 ) -> AbstractContextManager:
-    """Keep other processes out of a folder until the context ends, or what is returned is gone, or this process ends.
-
-    Raises:
-        UserError: where another process holds it.
-    """
-    lock = FileLock(folder / ".lock", is_singleton=True, fallback_to_soft=False)
+    """Keep other processes out of a folder, as `lock` does; raises UserError where another process is in it."""
     try:
-        return lock.acquire(timeout=PATIENCE)
+        return lock(folder / ".lock")
     except Timeout:
         raise UserError(f"another process is writing into {folder}; choose another {flag}") from None
-    except (OSError, NotImplementedError):  # some network file systems have no locks
-        return nullcontext()
 
 
-def write_whole(
+def write_atomic(
     path: str | os.PathLike,
     content: bytes | Callable[[BinaryIO], Any],  # or what writes it into an open file
 ) -> None:
-    """Write a file such that a reader finds the old one or the new one and never a part; one process at a time may.
+    """Write a file such that a reader finds the old one or the new one and never a part.
 
-    Raises:
-        UserError: where it cannot be written; the file at `path` is then what it was.
+    Raises UserError where it cannot be written; the file at `path` is then what it was.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name[-40:]}.partial")  # the whole name might become too long
+    def fill(partial: Path) -> None:
+        with open(partial, "xb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            _sync(file.fileno())
+
+    _write(Path(path), fill)
+
+
+def write_folder_atomic(folder: Path, fill: Callable[[Path], Any]) -> None:
+    """Let `fill` fill a new folder, and put it in the place of `folder` once it is complete.
+
+    Raises UserError where it cannot be written; the old folder is then what it was.
+    """
+    def make(partial: Path) -> None:
+        partial.mkdir()
+        fill(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():  # which safetensors makes readable by its owner alone
+                path.chmod(partial.stat().st_mode & 0o666)
+                with open(path, "rb+") as file:
+                    _sync(file.fileno())
+
+    _write(folder, make)
+
+
+def _write(path: Path, make: Callable[[Path], None]) -> None:
+    """Let `make` make a file or folder beside `path`, and give it that name."""
+    # The whole name might become too long; two processes may write what ends alike.
+    token = secrets.token_hex(4)
+    partial, old = (path.with_name(f".{path.name[-40:]}-{token}.{suffix}") for suffix in ("partial", "old"))
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(partial, "wb") as file:
-                content(file) if callable(content) else file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            make(partial)
+            if partial.is_dir() and path.is_dir():  # which cannot be replaced in one step
+                os.replace(path, old)
             os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
-        _sync(path.parent)  # the new name must be on the disk as well
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            _remove(partial, old)
+        with suppress(OSError):  # the new name should be on the disk as well, where folders can be synchronised
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
-def write_whole_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` fill a new folder, and put it in the place of `folder` once it is full.
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
-    Raises:
-        UserError: where it cannot be written; the old folder is then what it was.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    with explained(folder):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-            partial.mkdir(parents=True)
-            fill(partial)
-            for path in partial.rglob("*"):
-                if path.is_file():  # which safetensors makes readable by its owner alone
-                    path.chmod(partial.stat().st_mode & 0o666)
-                _sync(path)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(partial, folder)
-            _sync(folder.parent)
-        finally:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+
+def _sync(descriptor: int) -> None:
+    """Have a file on the disk, where the file system does that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def remove(path: Path) -> None:
@@ -106,26 +153,13 @@ def remove(path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log.
-
-    Raises:
-        UserError: where it cannot be written.
-    """
+    """Add a line to a log; raises UserError where it cannot be written."""
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
-            os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            _sync(file.fileno())
 
 
 @contextmanager
@@ -136,3 +170,6 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
         raise UserError(f"cannot write {path} ({first_line(error)}); see that the disk has room and that the folder "
                         "can be written") from error
+
+
+hold, write_whole, write_whole_folder = lock_folder, write_atomic, write_folder_atomic  # until all callers are renamed

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from utils import files
 from utils.download import command, fetch, verify
 from utils.errors import run
 
@@ -288,7 +289,7 @@ def test_a_file_that_changed_meanwhile_is_not_patched_together(tmp_path, home):
     assert [asked for _, asked in home.requests] == [None, "bytes=20000-"] and len(found(tmp_path)) == 1
 
 
-def test_a_killed_download_goes_on(tmp_path, call, home):
+def test_a_killed_download_goes_on(tmp_path, call, home, monkeypatch):
     code = ("import json, pathlib, sys; from utils.download import command, fetch, verify; url, known = sys.argv[1:]\n"
             "verify.CHECKSUMS['Set11'], fetch.HOMES['Set11'] = json.loads(known), fetch.Home(url + '/raw/{file}', '')\n"
             "command.get('Set11', None, pathlib.Path('data'))")
@@ -300,7 +301,8 @@ def test_a_killed_download_goes_on(tmp_path, call, home):
         kept = next((tmp_path / "data").rglob("*a.tif.partial"), None) if (tmp_path / "data").exists() else None
         have = kept.stat().st_size if kept else 0
         time.sleep(0.05)
-    assert "another download into data is running" in call("Set11", "--from", home.url)[2]
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    assert "another process is writing into data/.download" in call("Set11", "--from", home.url)[2]
     process.kill()
     process.wait()
     have = kept.stat().st_size
@@ -326,17 +328,17 @@ def test_a_full_disk_is_one_sentence_and_room_helps(tmp_path, call, home):
 
 # --- mirrors and archives ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("files", [
+@pytest.mark.parametrize("mirror", [
     of_set("m/DIV2K", CUT), {"m/DIV2K_valid_HR.zip": HR}, {"m/my pictures.tar.gz": tarred(CUT)},
     {"m/DIV2K.zip": zipped({f"any/{i}.png": content for i, content in enumerate(CUT.values())})},
 ], ids=["files", "home's archive", "one archive", "SET.zip"])
 @pytest.mark.parametrize("web", [404, 403, None], ids=["web", "storage service", "folder"])
-def test_mirrors(tmp_path, call, home, files, web):
-    home.absent, home.files = web, {"/" + name.replace(" ", "%20"): content for name, content in files.items()}
-    put(tmp_path, files)
-    source = (home.url + "/m" if web else "m") + "/my pictures.tar.gz" * ("m/my pictures.tar.gz" in files)
+def test_mirrors(tmp_path, call, home, mirror, web):
+    home.absent, home.files = web, {"/" + name.replace(" ", "%20"): content for name, content in mirror.items()}
+    put(tmp_path, mirror)
+    source = (home.url + "/m" if web else "m") + "/my pictures.tar.gz" * ("m/my pictures.tar.gz" in mirror)
     assert call("DIV2K", "--from", source.replace(" ", "%20") if web else source)[0] == 0
-    assert call("DIV2K", "--check")[0] == 0 and found(tmp_path / "m") == {name[2:]: files[name] for name in files}
+    assert call("DIV2K", "--check")[0] == 0 and found(tmp_path / "m") == {name[2:]: mirror[name] for name in mirror}
 
 
 @pytest.mark.parametrize("archive", [
@@ -347,10 +349,10 @@ def test_mirrors(tmp_path, call, home, files, web):
     tarred({f"link/{file}": content for file, content in CUT.items()}, {"link": "/tmp", "0801.png": "../secret.png"}),
 ], ids=["zip climbs", "zip absolute", "zip link", "tar climbs", "tar link"])
 def test_nothing_is_written_but_the_pictures_of_the_set(tmp_path, call, archive):
-    files = {"secret.png": b"secret", "below/m.zip": archive}
-    put(tmp_path, files)
+    before = {"secret.png": b"secret", "below/m.zip": archive}
+    put(tmp_path, before)
     assert call("DIV2K", "--from", "m.zip", folder="below")[0] == 0
-    assert found(tmp_path) == files | of_set("below/data/DIV2K", CUT)
+    assert found(tmp_path) == before | of_set("below/data/DIV2K", CUT)
     assert not any("evil" in name for name in os.listdir("/tmp"))
 
 
@@ -443,13 +445,13 @@ def test_the_known_checksums():
              "DIV2K": {f"{i:04}" for i in range(801, 901)}}
     checksums = json.loads((ROOT / "utils" / "download" / "checksums.json").read_text())
     assert set(checksums) == set(sizes) == set(fetch.HOMES)
-    entries = [entry for files in checksums.values() for entry in files.values()]
+    entries = [entry for pictures in checksums.values() for entry in pictures.values()]
     for key in ("sha256", "pixels"):
         digests = {entry[key] for entry in entries}
         assert len(digests) == 279 and all(len(bytes.fromhex(digest)) == 32 for digest in digests)
-    for name, files in checksums.items():
-        assert {Path(file).stem for file in files} == names[name]
-        shapes = [tuple(entry["shape"]) for entry in files.values()]
+    for name, pictures in checksums.items():
+        assert {Path(file).stem for file in pictures} == names[name]
+        shapes = [tuple(entry["shape"]) for entry in pictures.values()]
         assert {shape: shapes.count(shape) for shape in shapes} == sizes[name]
 
 

@@ -20,7 +20,7 @@ from utils.comparison.tables import NONE, Value, ranked
 from utils.data.images import read_picture
 from utils.data.testsets import Picture
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import write_atomic
 
 Region = tuple[int, int, int, int]  # x, y, width, height, in pixels from the top left
 
@@ -59,7 +59,7 @@ def write_figures(
             figure = draw(tiles, ["Ground truth", *(method.name for method in comparison.methods)],
                           [[Value("PSNR (dB) / SSIM")], *captions], chosen)
             for suffix in ("pdf", "png"):
-                write_whole(folder / f"{picture.name}.{suffix}", _rendered(figure, suffix))
+                write_atomic(folder / f"{picture.name}.{suffix}", _rendered(figure, suffix))
     return regions
 
 

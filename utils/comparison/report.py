@@ -16,7 +16,7 @@ from utils.comparison.compare import Comparison, shown_pixels
 from utils.comparison.tables import averages_table, notes, pictures_table, remark_lines
 from utils.data.images import read_picture
 from utils.data.testsets import Picture
-from utils.files import write_whole
+from utils.files import write_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html")
 TRUTH = "Ground truth"
@@ -48,7 +48,7 @@ def write_report(
             shown.append(k)
         file.write(f"{middle}{_json(_data(comparison, pictures, shown))}{end}".encode())
 
-    write_whole(path, write)
+    write_atomic(path, write)
     return shown
 
 

@@ -27,8 +27,9 @@ class TrainingCrops(Dataset):
             memory, each process its own.
 
     Attributes:
-        names: the pictures in use, relative to `folder`, sorted.
-        pictures: their luminance, (H, W) uint8 each.
+        pictures: luminance, (H, W) uint8, of all pictures of the folder by number.
+        numbers: of the pictures in use.
+        names: theirs, relative to `folder`, sorted.
         unreadable: the names of files that cannot be read.
         notice: a sentence about the pictures left out (unreadable, or smaller than P either way), or "".
 
@@ -38,13 +39,14 @@ class TrainingCrops(Dataset):
 
     def __init__(self, folder: str | Path, patch_size: int, seed: int = 2025,
                  cache_dir: str | Path | None = None):
-        found = open_pictures(Path(folder), None if cache_dir is None else Path(cache_dir))
-        self.pictures = found.at_least(patch_size)
-        self.names = self.pictures.names
-        self.unreadable = found.unreadable
-        unreadable, small = len(found.unreadable), len(found) - len(self.names)
-        total = len(found) + unreadable
-        reasons = [(unreadable, f"that cannot be read ({listed(found.unreadable, NAMED)})"),
+        self.pictures = open_pictures(Path(folder), None if cache_dir is None else Path(cache_dir))
+        names, smaller = self.pictures.names, self.pictures.shapes.min(1)
+        self.numbers = np.flatnonzero(smaller >= patch_size)
+        self.names = [names[number] for number in self.numbers]
+        self.unreadable = [names[number] for number in np.flatnonzero(smaller == 0)]
+        unreadable, small = len(self.unreadable), int(((smaller > 0) & (smaller < patch_size)).sum())
+        total = len(names)
+        reasons = [(unreadable, f"that cannot be read ({listed(self.unreadable, NAMED)})"),
                    (small, f"smaller than {patch_size}x{patch_size}")]
         left_out = " and ".join(f"{count} {reason}" for count, reason in reasons if count)
         if not self.names:
@@ -55,7 +57,7 @@ class TrainingCrops(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         """Crop `index`, any number from 0 on: (1, P, P) uint8."""
         random, size = np.random.default_rng((self.seed, index)), self.patch_size
-        picture = self.pictures[random.integers(len(self.pictures))]
+        picture = self.pictures[self.numbers[random.integers(len(self.numbers))]]
         top = random.integers(picture.shape[0] - size + 1)
         left = random.integers(picture.shape[1] - size + 1)
         return torch.from_numpy(picture[top:top + size, left:left + size].copy())[None]
@@ -63,6 +65,6 @@ class TrainingCrops(Dataset):
     def fingerprint(self) -> str:
         """Tells one collection of pictures from another by their number, names and sizes."""
         listing = [f"{name} {tuple(shape)}" for name, shape in
-                   zip(self.names, self.pictures.shapes.tolist(), strict=True)]
+                   zip(self.names, self.pictures.shapes[self.numbers].tolist(), strict=True)]
         checksum = zlib.crc32("\n".join(listing).encode(errors="surrogateescape"))
         return f"{len(listing)} (names and sizes {checksum:08x})"

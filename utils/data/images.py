@@ -1,6 +1,7 @@
 """Pictures in and out: reading into luminance and colour, writing reconstructions, padding (paper, section 4.1)."""
 import os
 import re
+import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError, first_line
-from utils.files import write_whole
+from utils.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,44 @@ def list_pictures(folder: str | os.PathLike) -> list[Path]:
             shown = os.fsencode(path.name).decode(errors="backslashreplace")
             raise UserError(f"the name of the picture {shown} in {folder} is not valid UTF-8; rename it") from error
     return paths
+
+
+def find_pictures(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the picture files in `folder` and below it, by their paths relative to it, sorted.
+
+    With each stands what changes when the file does: its size in bytes and its date in ns, by which people tell files
+    apart; then the time of the last change to its status in ns, and its inode. Links to folders are followed, but each
+    folder is searched once.
+
+    Raises UserError where a folder is missing or cannot be searched, or there is no picture.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give one with training pictures by --train_dir "
+                        "(python -m utils.download Waterloo says where those of the paper are)")
+
+    def refuse(error: OSError):
+        raise UserError(f"cannot search {error.filename} for pictures ({first_line(error)})") from error
+
+    found, searched = {}, set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders.sort()  # always the same of two links to one folder is followed
+        if os.path.realpath(parent) in searched:
+            folders.clear()
+            continue
+        searched.add(os.path.realpath(parent))
+        for path in (Path(parent, name) for name in names if is_picture_name(name)):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # a link to nothing, or just removed
+                continue
+            except OSError as error:
+                raise UserError(f"cannot look at the picture {path} ({first_line(error)})") from error
+            if stat.S_ISREG(status.st_mode):
+                found[path.relative_to(folder)] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+                                                   status.st_ino)
+    if not found:
+        raise UserError(f"no picture ({', '.join(SUFFIXES)}) in {folder} or below it")
+    return {str(path): found[path] for path in sorted(found)}
 
 
 def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
@@ -92,7 +131,7 @@ def write_reconstruction(
     pixels = in_8_bits(luminance)
     if ycrcb is not None:
         pixels = cv2.cvtColor(np.dstack([pixels, ycrcb[..., 1:]]), cv2.COLOR_YCrCb2BGR)
-    write_whole(path, cv2.imencode(".png", pixels)[1].tobytes())
+    write_atomic(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
 def remove_former(folder: str | os.PathLike, names: Collection[str]) -> None:

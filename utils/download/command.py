@@ -11,14 +11,13 @@ import textwrap
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from utils.data.testsets import KNOWN_SETS
 from utils.download.fetch import HOMES, offers
 from utils.download.verify import CHECKSUMS, WATERLOO, check_testset, check_waterloo, check_weights, find, verdict
 from utils.errors import UserError, listed, printable, run
-from utils.files import make_folder, write_whole
+from utils.files import lock_folder, make_folder, write_atomic
 from utils.flags import Parser, place, run_name
 
 WEIGHTS = tuple(f"{run_name([ratio], 3, 32)}/net_params_50.pkl" for ratio in (0.1, 0.3, 0.5))
@@ -73,13 +72,13 @@ def get(
     otherwise = "" if source else f"; otherwise, {by_hand(name)}"
     refused, seen = [], 0
     try:
-        with (FileLock(cache.parent / ".lock", timeout=0),
+        with (lock_folder(cache.parent, "--data_dir"),
               tqdm(total=len(missing), desc=name, unit="picture", leave=False, disable=None) as bar):
             for label, file, content in offers(name, list(missing), source, cache):
                 seen += 1
                 found = find(content, missing, HOMES[name].shifts)
                 if found is not None:
-                    write_whole(folder / found[0], found[1])
+                    write_atomic(folder / found[0], found[1])
                     del missing[found[0]]
                     bar.update()
                 elif file in missing:
@@ -87,8 +86,6 @@ def get(
                 if not missing:
                     break
             shutil.rmtree(cache, ignore_errors=True)
-    except Timeout:
-        raise UserError(f"another download into {data_dir} is running; wait for its end") from None
     except UserError as error:
         raise UserError(f"{error}{otherwise}") from error
     finally:
