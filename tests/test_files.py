@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def held_by_another_process(folder: Path) -> Iterator[None]:
-    """While a process of its own holds the folder, which then is killed."""
-    code = ("import sys, pathlib; from utils.files import lock_folder; lock = lock_folder(pathlib.Path(sys.argv[1]), ''); "
-            "print('held', flush=True); sys.stdin.read()")
+    """While a process of its own has the folder's lock, which then is killed."""
+    code = ("import sys, pathlib; from utils.files import lock_folder\n"
+            "lock = lock_folder(pathlib.Path(sys.argv[1]), ''); print('held', flush=True); sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE)
     try:
@@ -85,9 +85,9 @@ def test_file_systems_that_cannot_synchronise_or_lock_are_written_to(tmp_path, m
 
 def test_a_folder_is_one_process_s_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.files.PATIENCE", 0)
-    with held_by_another_process(tmp_path):
-        with pytest.raises(UserError, match="another process is writing into .*; choose another --result_dir"):
-            lock_folder(tmp_path, "--result_dir")
+    with (held_by_another_process(tmp_path),
+          pytest.raises(UserError, match="another process is writing into .*; choose another --result_dir")):
+        lock_folder(tmp_path, "--result_dir")
     with lock_folder(tmp_path, "--result_dir"):
         pass
 
@@ -174,3 +174,13 @@ def test_files_of_a_folder_are_as_readable_as_any_other(tmp_path):
     write_folder_atomic(tmp_path / "folder", fill)
     (tmp_path / "plain").touch()
     assert (tmp_path / "folder" / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_windows_lacks_is_not_needed():
+    code = ("import model, os, sys, torch, types; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+            "del os.setsid\n"
+            "import compare, train; import test as _; from utils.download import command\n"
+            "from utils.distributed import leave_process_group; leave_process_group(0)\n"
+            "from utils.training.report import peak_memory; run = types.SimpleNamespace()\n"
+            "run.process = types.SimpleNamespace(device=torch.device('cpu')); assert peak_memory(run) == 0")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

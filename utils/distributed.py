@@ -190,7 +190,8 @@ def leave_process_group(worker: int) -> None:
 
     They are meant for the process that trains, which still needs its workers when it saves.
     """
-    os.setsid()
+    if hasattr(os, "setsid"):  # Windows has no such groups
+        os.setsid()
 
 
 @contextmanager

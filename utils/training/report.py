@@ -1,6 +1,5 @@
 """What a training run prints and logs: at its start, while an epoch goes on, and after each."""
 import math
-import resource
 import sys
 import time
 from typing import Any
@@ -180,4 +179,8 @@ def peak_memory(run: Run) -> int:
     """Bytes: the device's where that counts them, else the process's."""
     if run.process.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.process.device)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
