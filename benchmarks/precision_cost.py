@@ -21,7 +21,9 @@ from utils.data.testsets import load_testset  # noqa: E402
 from utils.devices import PRECISIONS  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.evaluation.evaluate import evaluate, mean_scores  # noqa: E402
+from utils.evaluation.protocol import Protocol  # noqa: E402
 from utils.flags import Parser  # noqa: E402
+from utils.measurement import Measurement  # noqa: E402
 
 
 def main() -> None:
@@ -42,8 +44,8 @@ def main() -> None:
         psnr[str(ratio)] = scores = {}
         for precision in PRECISIONS:
             with half_products(args.device):
-                scores[precision] = mean_scores(evaluate(net, pictures, ratio, device=args.device, precision=precision,
-                                                         size_multiple=net.size_multiple)).psnr
+                protocol = Protocol(Measurement().with_settings(cs_ratio=ratio), precision)
+                scores[precision] = mean_scores(evaluate(net, pictures, protocol, args.device)).psnr
         cells = [f"{scores[half]:.4f} ({scores['fp32'] - scores[half]:.4f})" for half in scores if half != "fp32"]
         print(f"| {100 * ratio:g} % | {scores['fp32']:.4f} | {' | '.join(cells)} |", flush=True)
     result = {"weights": args.weights, "testset": args.testset_name, "pictures": len(pictures),

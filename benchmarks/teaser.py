@@ -19,8 +19,10 @@ from utils.data.images import in_8_bits  # noqa: E402
 from utils.data.testsets import Picture, load_testset  # noqa: E402
 from utils.errors import UserError, listed, run  # noqa: E402
 from utils.evaluation.evaluate import evaluate  # noqa: E402
+from utils.evaluation.protocol import Protocol  # noqa: E402
 from utils.files import write_atomic  # noqa: E402
 from utils.flags import Parser  # noqa: E402
+from utils.measurement import Measurement  # noqa: E402
 
 WEIGHTS = ROOT / "weight" / "compact"
 CAPTION = 26  # pixels
@@ -53,12 +55,12 @@ def row(net: IDM, picture: Picture) -> np.ndarray:
         measured.append(y)
         return operator.A_adjoint(y)
 
-    (back,) = evaluate(back_project, [picture], RATIOS[0])
+    (back,) = evaluate(back_project, [picture], Protocol(Measurement().with_settings(cs_ratio=RATIOS[0])))
     tiles = [caption(colour(picture, picture.luminance), "photograph"),
              caption(numbers(measured[0].flatten().numpy(), picture.luminance.shape), "what the camera keeps at 10 %"),
              caption(grey(back.reconstruction), f"A'y at 10 %: {back.psnr:.2f} dB")]
     for ratio in RATIOS:
-        (result,) = evaluate(net, [picture], ratio, size_multiple=net.size_multiple)
+        (result,) = evaluate(net, [picture], Protocol(Measurement().with_settings(cs_ratio=ratio)))
         label = f"compact IDM, {100 * ratio:g} %: {result.psnr:.2f} dB"
         tiles.append(caption(colour(picture, result.reconstruction), label))
     return np.concatenate(tiles, axis=1)

@@ -131,6 +131,14 @@ def test_mistakes_are_a_sentence(operator, pairs, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_blocks_too_large_for_the_memory_are_said_in_a_sentence(monkeypatch):
+    def exhausted(generator, block_size):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 34359738368 bytes.")
+    monkeypatch.setattr(BlockCompressedSensing, "shared", exhausted)
+    with pytest.raises(UserError, match="not enough memory for the operator cs with cs_ratio=0.3 block_size=256"):
+        small(block_size=256).shared()
+
+
 def test_names_are_the_published_ones_for_cs():
     assert Measurement().name == "10" and Measurement().run_name(3) == "R_0.10_T_3_B_32"
     noisy = Measurement(settings={"cs_ratio": 0.025, "block_size": 8}, noise=(0.0, 0.05))

@@ -1,7 +1,7 @@
 """What the flags of both command lines have in common: types, names, and mistakes that are one sentence."""
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from utils.errors import UserError
@@ -49,11 +49,26 @@ def positive(text: str) -> float:
     return value
 
 
+def several(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """The type of a flag whose value is one of some names or several of them, as lpips,fid."""
+    known = list(choices)
+
+    def parse(text: str) -> list[str]:
+        values = [part.strip().lower() for part in re.split("[/,]", text)]
+        if not all(value in known for value in values):
+            raise argparse.ArgumentTypeError(f"must be one or several of {', '.join(known)}, not {text}")
+        return list(dict.fromkeys(values))
+    return parse
+
+
 def place(text: str) -> Path:
     """The type of a flag that names a folder, or a file: an unset variable of the shell's is neither."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty; the current folder is .")
-    return Path(text)
+    try:
+        return Path(text).expanduser()  # which a shell does not do behind --flag=
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"names the home of a user who is not here: {text}") from None
 
 
 def ratios(text: str) -> list[float]:

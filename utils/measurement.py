@@ -109,6 +109,16 @@ class Measurement:
         return " ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None)
 
     @property
+    def title(self) -> str:
+        """The measurement in a table: 10 %, or inpainting keep=0.5, and the noise."""
+        low, high = self.noise
+        what = f"{self.operator} {self.described}"
+        if self.operator == "cs":
+            what = f"{percent(self.settings['cs_ratio'])} %"
+        level = f"{high:g}" if low == high else f"{low:g} to {high:g}"
+        return f"{what}, noise {level}" if high > 0 else what
+
+    @property
     def name(self) -> str:
         """Name of a folder of results: 10 at a ratio of 10 % of cs, as published; inpainting_keep_0.5 of others."""
         if self.operator == "cs":

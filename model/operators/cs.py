@@ -68,6 +68,7 @@ class BlockCompressedSensing(LinearOperator):
 
     @classmethod
     def side_multiple(cls, block_size: int) -> int:
+        number_of_measurements(1.0, block_size)  # which refuses impossible ones
         return block_size
 
     @classmethod

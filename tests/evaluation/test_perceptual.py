@@ -65,11 +65,11 @@ def test_fid_takes_in_both_pictures_the_second_as_it_would_be_written(hub, monke
     (hub / WEIGHTS["fid"].split("/")[-1]).touch()
     monkeypatch.setattr(perceptual, "_package", lambda name: SimpleNamespace(FrechetInceptionDistance=Distance))
     fid = Fid(CPU)
-    fid.add(np.array([[0, 7], [255, 9]], np.uint8), np.array([[-3.0, 7.6], [300.0, np.nan]], np.float32))
+    fid(np.array([[0, 7], [255, 9]], np.uint8), np.array([[-3.0, 7.6], [300.0, np.nan]], np.float32))
     (truth, real), (found, made) = seen
     assert real and not made and truth.dtype == found.dtype == torch.uint8
     assert truth[0].tolist() == [[[0, 7], [255, 9]]] * 3 and found[0].tolist() == [[[0, 8], [255, 0]]] * 3
-    assert fid.value() == 12.5 and not seen
+    assert fid.of_set([]) == 12.5 and not seen
 
 
 def test_lpips_of_equal_pictures_is_zero(hub):

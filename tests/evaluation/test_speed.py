@@ -13,8 +13,11 @@ from utils.distributed import Process
 from utils.errors import UserError
 from utils.evaluation import speed
 from utils.evaluation.evaluate import Scores
+from utils.evaluation.protocol import Protocol
+from utils.measurement import Measurement
 
 CPU = Process(0, 1, torch.device("cpu"))
+MEASUREMENT = Measurement(settings={"cs_ratio": 0.5, "block_size": 8}, seed=0)
 GREY = [Picture(name, np.full((16, 16), 100, np.uint8)) for name in "abc"]
 
 
@@ -40,7 +43,7 @@ def test_gpus_take_fp16_and_bf16_where_it_is_not_emulated(monkeypatch, bf16):
     ((math.nan, 0.1), (-math.inf, 0.2), "fp32"),
 ])
 def test_the_fastest_that_costs_little_is_picked(fp16, bf16, expected):
-    scores = {name: Scores(psnr, 0.9, seconds, 2) for name, (psnr, seconds) in
+    scores = {name: Scores({"psnr": psnr}, seconds, count=2) for name, (psnr, seconds) in
               {"fp32": (30.0, 2.0), "fp16": fp16, "bf16": bf16}.items()}
     best, reason = speed._choice(scores)
     assert best == expected
@@ -59,7 +62,7 @@ def test_the_cost_is_measured(monkeypatch, offset, expected):
         time.sleep(0 if half else 0.05)
         return torch.full((len(y), 1, 16, 16), (100 + (offset if half else 1)) / 255)
 
-    best, reason = speed.pick_precision(CPU, net, GREY, 0.5, 8, 0, 4, batch_size=2)
+    best, reason = speed.pick_precision(CPU, net, GREY, Protocol(MEASUREMENT, batch_size=2))
     assert best == expected
     assert batches == [(False, 2)] * 2 + [(True, 2)] * 2  # the first batch, twice each
     assert f"costs {20 * math.log10(offset):.4f} dB" in reason
@@ -67,7 +70,7 @@ def test_the_cost_is_measured(monkeypatch, offset, expected):
 
 def test_without_instructions_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(speed, "half_precisions", lambda device: [])
-    best, reason = speed.pick_precision(CPU, None, GREY, 0.5, 8, 0, 4, None)
+    best, reason = speed.pick_precision(CPU, None, GREY, Protocol(MEASUREMENT))
     assert (best, reason) == ("fp32", "fp32, since cpu has no instructions for less")
 
 

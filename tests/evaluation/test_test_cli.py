@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,14 +17,18 @@ import torch
 from skimage.metrics import structural_similarity
 
 from model import IDM, SelfEnsemble
+from model.operators import OPERATORS, LinearOperator
 from tests.test_files import held_by_another_process
 from tests.training.test_distributed import free_port
-from utils import files
+from utils import files, weights
 from utils.data.testsets import load_testset
-from utils.distributed import Process
 from utils.errors import UserError, run
-from utils.evaluation import speed
+from utils.evaluation import METRICS, speed
 from utils.evaluation.evaluate import evaluate
+from utils.evaluation.metrics import Metric
+from utils.evaluation.protocol import Protocol
+from utils.measurement import Measurement
+from utils.weights import WeightFlags
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"grey": (40, 50), "tiny": (3, 5), "ümlaut": (32, 32)}
@@ -65,10 +70,6 @@ def call(monkeypatch, place: Path, *flags: str) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["test.py", "--device", "cpu", *flags])
     run(script.main, script.WeightsError)
-
-
-def alone() -> Process:
-    return Process(0, 1, torch.device("cpu"))
 
 
 def read_scores(folder: Path) -> dict[str, tuple[float, float, float]]:
@@ -177,34 +178,85 @@ def test_self_ensemble_is_announced_and_reconstructs_by_the_mean(place, tmp_path
     assert "on cpu in fp32, self-ensemble of 8 orientations\n" in capsys.readouterr().out
     net = SelfEnsemble(IDM.from_checkpoint(place / "weight" / "compact"))
     pictures = load_testset("set", place / "data")
-    expected = {result.name: result.psnr for result in evaluate(net, pictures, 0.1, block_size=8)}
+    protocol = Protocol(Measurement(settings={"cs_ratio": 0.1, "block_size": 8}))
+    expected = {result.name: result.psnr for result in evaluate(net, pictures, protocol)}
     assert {name: row[0] for name, row in read_scores(tmp_path / "set" / "10").items()} == \
            {name: pytest.approx(psnr, abs=1e-4) for name, psnr in expected.items()}
-    plain = evaluate(net.net, pictures, 0.1, block_size=8)
+    plain = evaluate(net.net, pictures, protocol)
     assert any(abs(result.psnr - expected[result.name]) > 1e-3 for result in plain)
 
 
-def test_metrics_add_columns_and_averages(place, tmp_path, monkeypatch, capsys):
-    class Mean:
-        def __init__(self, device):
-            self.seen = []
-        def __call__(self, reference, reconstruction):
-            return float(reference.mean())
-        def add(self, reference, reconstruction):
-            self.seen.append(reference.mean())
-        def value(self):
-            return sum(self.seen)
-    monkeypatch.setattr(script, "METRICS", {"lpips": Mean, "fid": Mean})
-    call(monkeypatch, place, "--testset_name", "set", "--block_size", "8", "--result_dir", str(tmp_path),
-         "--metrics", "LPIPS/fid")
-    means = {path.stem: cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED).mean()
-             for path in (place / "data" / "set").iterdir()}
-    with open(tmp_path / "set" / "10" / "scores.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["name"]: float(row["lpips"]) for row in rows} == pytest.approx(means)
+class Brightness(Metric):
+    """Two toys: of single pictures, and of the set alone."""
+
+    label, unit, digits, higher_is_better = "Light", "cd", 3, False
+
+    def __call__(self, truth, reconstruction):
+        return float(truth.mean())
+
+
+class Pictures(Metric):
+    label, digits, higher_is_better = "Count", 1, True
+
+    def __init__(self, device):
+        self.count = 0
+
+    def __call__(self, truth, reconstruction):
+        self.count += 1
+
+    def of_set(self, scores):
+        return self.count
+
+
+class Dots(LinearOperator):
+    """A toy operator: keeps the pixels that a mask of noise lets through."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.register_buffer("kept", kept)
+
+    @classmethod
+    def random(cls, image_shape: tuple[int, int], generator: torch.Generator, keep: float, rows: int = 1) -> "Dots":
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must lie in (0, 1], not {keep}")
+        return cls((torch.rand(image_shape, generator=generator) < keep).float())
+
+    def A(self, x):
+        return self.kept * x
+
+    def A_adjoint(self, y):
+        return self.kept * y
+
+    def measured(self, y):
+        return float(self.kept.sum())
+
+
+def test_an_operator_and_metrics_from_outside_are_evaluated(place, tmp_path, monkeypatch, capsys):
+    """Against a network that says what is measured, the scores are those of the picture where it was kept."""
+    monkeypatch.setitem(METRICS, "light", Brightness)
+    monkeypatch.setitem(METRICS, "count", Pictures)
+    monkeypatch.setitem(OPERATORS, "dots", Dots)
+    monkeypatch.setattr(IDM, "forward", lambda self, y, operator: operator.A_adjoint(y))
+    call(monkeypatch, place, "--testset_name", "set/other", "--operator", "dots", "--operator_settings", "keep=0.5",
+         "--metrics", "Light/count", "--result_dir", str(tmp_path))
+    folder = tmp_path / "set" / "dots_keep_0.5_rows_1"
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(rows) == sorted(SIZES) and list(rows["grey"]) == ["name", "psnr", "ssim", "seconds", "light"]
+    lights = []
+    for name, row in rows.items():
+        pixels = cv2.imdecode(np.fromfile(place / "data" / "set" / f"{name}.png", np.uint8), cv2.IMREAD_UNCHANGED)
+        kept = torch.rand(pixels.shape, generator=Measurement().generator(f"{name}.png")).numpy() < 0.5
+        error = np.mean(np.where(kept, 0, pixels.astype(float)) ** 2)
+        assert float(row["psnr"]) == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
+        assert float(row["light"]) == pytest.approx(pixels.mean())
+        lights.append(pixels.mean())
     out = capsys.readouterr().out
-    assert all(f"LPIPS: {mean:.4f}  " in out for mean in means.values())
-    assert f"LPIPS: {np.mean(list(means.values())):.4f}  FID: {sum(means.values()):.4f}  " in out
+    assert "there are no weights for dots_keep_0.5_rows_1 in weight; these were trained for cs\n" in out
+    assert f"Light: {np.mean(lights):.3f} cd  Count: 3.0  " in out and "0.5" in out.split("measurements a pixel")[0]
+    head, first, _ = out.rstrip().split("\n\n")[-1].splitlines()
+    assert head.startswith("PSNR (dB) ↑ / SSIM ↑ / Light (cd) ↓ / Count ↑ / seconds an image  dots keep=0.5 rows=1")
+    assert f" / {np.mean(lights):.3f} / 3.0 / " in first
 
 
 def test_nothing_heavy_is_imported_unless_asked():
@@ -315,11 +367,12 @@ def test_a_table_of_different_weights_says_which(place, tmp_path, monkeypatch, c
         f"30 %: {models / 'R_0.30_T_1_B_8' / 'pretrained'}"]
 
 
-def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
-    for step_number, noted in (([], True), (["--step_number", "1"], False)):  # these are of T = 1; 3 is the default
-        monkeypatch.setattr(sys, "argv", ["test.py", *step_number])
-        script.load_network(place / "weight" / "compact", script.parse_arguments(), alone())
-        assert ("--step_number 3 does not apply" in capsys.readouterr().out) == noted
+def test_weights_of_other_steps_are_noted(place):
+    path = place / "weight" / "compact"
+    net = IDM.from_checkpoint(path)  # of T = 1
+    assert WeightFlags().notes(path, net, Measurement()) == [
+        "these weights are for T = 1; --step_number 3 does not apply"]
+    assert WeightFlags(step_number=1).notes(path, net, Measurement()) == []
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -336,7 +389,11 @@ def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
     (["--epoch", "last"], "not last"),
     (["--precision", "fp8"], "fp8"),
     (["--batch_size", "0"], "at least 1, not 0"),
-    (["--metrics", "psnr"], "not psnr"),
+    (["--metrics", "psmr"], "not psmr"),
+    (["--operator", "lens"], "invalid choice: 'lens'"),
+    (["--operator_settings", "cs_ratio=0.3", "--cs_ratio", "0.3"], "cs_ratio is given twice"),
+    (["--operator_settings", "size=3"], "takes no size=3; its settings are cs_ratio, block_size"),
+    (["--noise", "loud"], "a standard deviation, or a range as 0-0.05, not loud"),
     (["--metrics", "lpips"], "alexnet-owt-7be5be79.pth"),
     (["--metrics", "fid"], "weights-inception-2015-12-05-6726825d.pth"),
     (["--no_such_flag"], "--no_such_flag"),
@@ -344,7 +401,7 @@ def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
     (["--device", "abacus"], "--device abacus"),
     (["--device", "meta"], "--device meta"),
     (["--testset_name", "absent"], "absent: a test set is a folder of pictures in data, which has "),
-    (["--testset_name", "data/other"], "use --data_dir data --testset_name other"),
+    (["--testset_name", "nested"], "nested holds no picture itself; for those below it use --data_dir data/nested"),
     (["--testset_name", "absent/"], "absent: a test set"),
     (["--model_dir", "mistyped"], "mistyped/compact"),
     (["--testset_name", ".."], ".."),
@@ -361,6 +418,8 @@ def test_weights_of_other_steps_are_noted(place, monkeypatch, capsys):
 def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, message):
     monkeypatch.setenv("TORCH_HOME", str(place / "nowhere"))
     (place / "data" / "empty").mkdir(exist_ok=True)
+    (place / "data" / "nested" / "one").mkdir(parents=True, exist_ok=True)
+    shutil.copy(place / "data" / "set" / "tiny.png", place / "data" / "nested" / "one")
     (place / "data" / "broken").mkdir(exist_ok=True)
     (place / "data" / "broken" / "cut.png").write_bytes((place / "data" / "set" / "grey.png").read_bytes()[:-100])
     with pytest.raises(SystemExit) as stop:
@@ -374,38 +433,106 @@ def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, messag
 
 def test_weights_beside_the_script_serve_elsewhere_unless_another_folder_is_named(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "__file__", str(place / "test.py"))
+    monkeypatch.setattr(weights, "BESIDE", place / "weight")
+    measurement = Measurement(settings={"cs_ratio": 0.1, "block_size": 8})
 
-    def found(*flags: str) -> Path:
-        monkeypatch.setattr(sys, "argv", ["test.py", "--step_number", "1", "--block_size", "8", *flags])
-        return script.find_weights(script.parse_arguments(), 0.1)
+    def found(**flags) -> Path:
+        return WeightFlags(step_number=1, **flags).find(measurement)
 
     assert found() == place / "weight" / "compact"
     published = shutil.copytree(place / "published", place / "weight", dirs_exist_ok=True) / "R_0.10_T_1_B_8"
     try:
         assert found() == published / "net_params_50.pkl"
         with pytest.raises(UserError, match="but not net_params_7.pkl"):
-            found("--epoch", "7")
+            found(epoch=7)
         (tmp_path / "weight").mkdir()
         with pytest.raises(UserError, match="neither mistyped.* nor mistyped"):
-            found("--model_dir", "mistyped")
+            found(model_dir=Path("mistyped"))
     finally:
         shutil.rmtree(published)
 
 
-def test_a_runs_folder_or_the_file_in_it_will_do(place, tmp_path, monkeypatch, capsys):
+def test_what_a_short_training_left_is_taken_without_asking_for_an_epoch(tmp_path):
+    """train.py for two epochs leaves net_params_2.pkl and the newest weights in pretrained."""
+    run_ = tmp_path / "R_0.10_T_3_B_32"
+    (run_ / "pretrained").mkdir(parents=True)
+    (run_ / "net_params_2.pkl").touch()
+    search = WeightFlags(model_dir=tmp_path)
+    assert search.find(Measurement()) == run_ / "pretrained"
+    assert search.find(Measurement(noise=(0.05, 0.05))) == run_ / "pretrained"  # there are none for noise
+    assert replace(search, epoch=2).find(Measurement()) == run_ / "net_params_2.pkl"
+    with pytest.raises(UserError, match="holds net_params_2.pkl, but not net_params_50.pkl; choose an --epoch"):
+        replace(search, epoch=50).find(Measurement())
+
+
+def test_a_runs_folder_or_the_file_in_it_will_do(place, tmp_path):
     shutil.copytree(place / "weight" / "compact", tmp_path / "pretrained")
     file = tmp_path / "pretrained" / "diffusion_pytorch_model.safetensors"
     for path in (tmp_path, file):
-        monkeypatch.setattr(sys, "argv", ["test.py", "--weights", str(path), "--epoch", "7"])
-        net = script.load_network(path, script.parse_arguments(), alone())
+        net = weights.load_network(path, torch.device("cpu"))
         assert torch.equal(net.steps[0].v, IDM.from_pretrained(place / "weight" / "compact").steps[0].v)
-        assert "--epoch 7 does not apply" in capsys.readouterr().out
+        assert WeightFlags(path, epoch=7).notes(path, net, Measurement())[-1].endswith("--epoch 7 does not apply")
 
 
 def test_missing_weights_say_where_they_were_looked_for(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "__file__", str(tmp_path / "test.py"))
+    monkeypatch.setattr(weights, "BESIDE", tmp_path)
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, place, "--testset_name", "set", "--model_dir", str(tmp_path), "--cs_ratio", "0.3")
     assert stop.value.code == 2
     assert str(tmp_path / "R_0.30_T_3_B_32" / "net_params_50.pkl") in capsys.readouterr().err
+
+
+def test_names_that_file_systems_or_terminals_do_not_take(place, tmp_path, monkeypatch, capsys):
+    """Result pictures of names of up to 255 bytes, told apart; on the terminal nothing that it would obey."""
+    names = ["ü" * 125, "a" * 250 + "1", "a" * 250 + "2", "red\x1b[31m\nline"]
+    (tmp_path / "data" / "long").mkdir(parents=True)
+    for number, name in enumerate(names):
+        pixels = np.full((8, 8), 50 * number, np.uint8)
+        (tmp_path / "data" / "long" / f"{name}.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    flags = ("--data_dir", str(tmp_path / "data"), "--testset_name", "long", "--block_size", "8", "--result_dir",
+             str(tmp_path / "result"))
+    for _ in range(2):  # the second run replaces what the first one wrote
+        call(monkeypatch, place, *flags)
+        folder = tmp_path / "result" / "long" / "10"
+        assert sorted(read_scores(folder)) == sorted(names)
+        assert len(list(folder.glob("*.png"))) == 4
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err and "/red\\x1b[31m\\nline  PSNR" in told.out
+    assert "ü" * 100 in "".join(path.name for path in folder.iterdir())
+
+
+def test_sets_by_path_single_files_and_what_is_not_read(place, tmp_path, monkeypatch, capsys):
+    """A set below a folder of sets, a set elsewhere, one picture; kinds that OpenCV reads are read, others named."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    (tmp_path / "data" / "Classic" / "Set2" / "more").mkdir(parents=True)
+    folder = tmp_path / "data" / "Classic" / "Set2"
+    for suffix in (".webp", ".jp2", ".pgm"):
+        (folder / f"in{suffix}").write_bytes(cv2.imencode(suffix, pixels)[1].tobytes())
+    (folder / "photo.jfif").write_bytes(cv2.imencode(".jpg", pixels)[1].tobytes())
+    (folder / "more" / "a.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    (folder / "b.heic").touch()
+    for data, testset, name, count in ((tmp_path / "data", "Classic/Set2", "Classic/Set2", 4),
+                                       ("data", str(folder), "Set2", 4), ("data", f"{folder}/in.pgm", "in", 1)):
+        call(monkeypatch, place, "--data_dir", str(data), "--testset_name", testset, "--block_size", "8",
+             "--result_dir", str(tmp_path / "result"))
+        assert len(read_scores(tmp_path / "result" / name / "10")) == count
+        note = f"note: of {testset}, not read as pictures: b.heic, more{os.sep}\n"
+        assert capsys.readouterr().err == (note if count == 4 else "")
+
+
+def test_a_home_behind_an_equals_sign_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["test.py", "--result_dir=~/x", "--data_dir=~"])
+    args = script.parse_arguments()
+    assert (args.result_dir, args.data_dir) == (tmp_path / "x", tmp_path)
+
+
+def test_noise_and_ratios_name_folders(place, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, place, "--testset_name", "other", "--block_size", "8", "--noise", "0.05", "--cs_ratio", "0.1,0.5",
+         "--result_dir", str(tmp_path))
+    clean = tmp_path / "clean"
+    call(monkeypatch, place, "--testset_name", "other", "--block_size", "8", "--result_dir", str(clean))
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["10_noise_0.05", "50_noise_0.05"]
+    noisy, quiet = read_scores(tmp_path / "other" / "10_noise_0.05"), read_scores(clean / "other" / "10")
+    assert all(noisy[name][0] != quiet[name][0] for name in quiet)
+    assert "10 %, noise 0.05" in capsys.readouterr().out

@@ -15,7 +15,8 @@ from utils.files import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".pgm", ".ppm", ".pnm",
+            ".pbm")
 # Of a file that starts so, what a whole one also holds: some decoders fill in what a truncated file lacks.
 _ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
 _TIFF = (b"II*\0", b"MM\0*")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import skimage
 
-from utils.data.images import list_pictures, read_picture
+from utils.data.images import SUFFIXES, is_picture_name, list_pictures, read_picture
 from utils.errors import UserError, listed
 
 KNOWN_SETS = {
@@ -32,25 +32,70 @@ class Picture:
     file: str | None = None  # the file's name with suffix, which does not depend on the other files of the set
 
 
+def testset_names(text: str, data_dir: str | os.PathLike) -> list[str]:
+    """Split what a user says, such as Set11,CBSD68 or Set11/CBSD68 or Classic/Set5, into the names of test sets."""
+    names = []
+    for part in filter(None, (part.strip().rstrip("/") for part in text.split(","))):
+        names += [part] if _path(part, data_dir).exists() else [name.strip() for name in part.split("/") if name]
+    if not names or not all(name.strip(".") for name in names):
+        raise UserError(f"--testset_name must be a folder in {data_dir}, or several as Set11,CBSD68, not {text}")
+    return list(dict.fromkeys(names))
+
+
+def result_name(name: str) -> str:
+    """Return the folder of a test set's results: its name; of a path that leads elsewhere, or to a file, the last part.
+    """
+    path = Path(name)
+    if path.suffix.lower() in SUFFIXES:
+        return path.stem
+    return path.name if path.is_absolute() or ".." in path.parts else name
+
+
 def load_testset(name: str, data_dir: str | os.PathLike = "data") -> list[Picture]:
-    """Read all pictures of the folder data_dir/name, sorted; or the `Samples`, 256×256 centre crops.
+    """Read all pictures of the folder data_dir/name, sorted; or of another folder, or a single file, by its path; or
+    the `Samples`, 256×256 centre crops.
 
     All are read at once, so that an unreadable one is found before any work is done.
-    Raises UserError where the folder is missing or empty, or a picture cannot be read.
+    Raises UserError where the folder is missing or holds no picture, or a picture cannot be read.
     """
-    folder = Path(data_dir) / name
+    path = _path(name, data_dir)
     if name == "Samples":
-        if folder.exists():
-            raise UserError(f"Samples are photographs that need no files; rename {folder} to have your own tested")
+        if path.exists():
+            raise UserError(f"Samples are photographs that need no files; rename {path} to have your own tested")
         return [_sample(file) for file in SAMPLES]
-    if not folder.is_dir():
-        raise UserError(_missing(name, folder))
-    paths = list_pictures(folder)
+    if path.is_file():
+        return [Picture(path.stem, *read_picture(path), path.name)]
+    if not path.is_dir():
+        raise UserError(_missing(name, Path(data_dir) / name))
+    paths = list_pictures(path)
     if not paths:
-        raise UserError(f"{folder} holds no picture (PNG, TIFF, BMP or JPEG); put the test set's files there")
+        below = sorted({str(file.parent.relative_to(path)) for file in path.rglob("*") if is_picture_name(file.name)})
+        if below:
+            sets = ",".join(below)
+            raise UserError(f"{path} holds no picture itself; for those below it use --data_dir {path} "
+                            f"--testset_name {sets if len(below) <= 5 else below[0]}")
+        raise UserError(f"{path} holds no picture ({', '.join(SUFFIXES)}); put the test set's files there")
     names = Counter([path.stem for path in paths] + [path.name for path in paths])
     return [Picture(path.stem if names[path.stem] == 1 else path.name, *read_picture(path), path.name)
             for path in paths]
+
+
+def passed_over(name: str, data_dir: str | os.PathLike = "data") -> list[str]:
+    """Return the names in a test set's folder that are not read: files of other kinds, folders that hold pictures."""
+    folder = _path(name, data_dir)
+    if not folder.is_dir():
+        return []
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path.name for path in entries if path.is_file() and not is_picture_name(path.name)]
+    return files + [f"{path.name}{os.sep}" for path in entries
+                    if path.is_dir() and any(is_picture_name(file) for file in os.listdir(path))]
+
+
+def _path(name: str, data_dir: str | os.PathLike) -> Path:
+    """The folder or file that a name means: one in the data folder, else one that it is the path of."""
+    inside, path = Path(data_dir) / name, Path(name).expanduser()
+    leads_elsewhere = path.is_file() or (path.is_dir() and len(path.parts) > 1)
+    return path if leads_elsewhere and not inside.exists() else inside
 
 
 def _sample(file: str) -> Picture:

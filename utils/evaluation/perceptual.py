@@ -13,6 +13,7 @@ from torch import Tensor
 
 from utils.data.images import in_8_bits
 from utils.errors import UserError, first_line
+from utils.evaluation.metrics import Metric
 
 PACKAGES = ("torchmetrics", "torchvision", "torch_fidelity")
 WEIGHTS = {  # where PyTorch's hub keeps downloaded files, and what those who publish them call them
@@ -22,11 +23,13 @@ WEIGHTS = {  # where PyTorch's hub keeps downloaded files, and what those who pu
 LPIPS_LEAST_SIDE = 31  # pixels; of a smaller picture AlexNet's last layers see nothing
 
 
-class Lpips:
+class Lpips(Metric):
     """Learned perceptual image patch similarity (Zhang et al., CVPR 2018) with AlexNet, version 0.1; lower is better.
 
     Raises UserError where packages or weights are missing.
     """
+
+    label, higher_is_better = "LPIPS", False
 
     def __init__(self, device: torch.device):
         _weights("lpips")
@@ -35,20 +38,22 @@ class Lpips:
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, reference: np.ndarray, reconstruction: np.ndarray) -> float:
+    def __call__(self, truth: np.ndarray, reconstruction: np.ndarray) -> float:
         """Of uint8 luminance (H, W) and its float reconstruction in [0, 255]; nan where that holds one, or is tiny."""
-        if min(reference.shape) < LPIPS_LEAST_SIDE or not np.isfinite(reconstruction).all():
+        if min(truth.shape) < LPIPS_LEAST_SIDE or not np.isfinite(reconstruction).all():
             return math.nan
-        pair = (_three_channels(picture).to(self.device) / 255 for picture in (reference, reconstruction))
+        pair = (_three_channels(picture).to(self.device) / 255 for picture in (truth, reconstruction))
         return float(self.metric.forward(*pair))
 
 
-class Fid:
+class Fid(Metric):
     """Fréchet inception distance (Heusel et al., NIPS 2017) between the pictures of a set and their reconstructions.
 
     Lower is better. From few pictures it is far too high: compare only what the same set was measured with.
     Raises UserError where packages or weights are missing.
     """
+
+    label, higher_is_better = "FID", False
 
     def __init__(self, device: torch.device):
         path = _weights("fid")
@@ -57,16 +62,13 @@ class Fid:
         self.device = device
 
     @torch.no_grad()
-    def add(self, reference: np.ndarray, reconstruction: np.ndarray) -> None:
+    def __call__(self, truth: np.ndarray, reconstruction: np.ndarray) -> None:
         """Take in a picture, uint8 (H, W), and its float reconstruction in [0, 255], rounded as it would be written."""
-        for picture, real in ((reference, True), (in_8_bits(reconstruction), False)):
+        for picture, real in ((truth, True), (in_8_bits(reconstruction), False)):
             self.metric.update(_three_channels(picture).to(self.device, torch.uint8), real=real)
 
-    def value(self) -> float:
-        """The distance over all processes, each of which must call this; nan for fewer than two pictures.
-
-        What comes next is counted anew.
-        """
+    def of_set(self, scores: list[float]) -> float:
+        """Return the distance over all processes; nan for fewer than two pictures. What comes next is counted anew."""
         try:
             return float(self.metric.compute())
         except RuntimeError:  # more than one sample is required

@@ -1,13 +1,15 @@
 """`--precision auto` and `--compile`: what makes a network faster on the device it is on."""
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from diffusers import ModelMixin
+from torch import nn
 
 from utils.data.testsets import Picture
 from utils.distributed import Process
 from utils.errors import UserError, first_line
-from utils.evaluation.evaluate import Network, Scores, evaluate, first_batch, mean_scores
+from utils.evaluation.evaluate import Network, Scores, evaluate, mean_scores
+from utils.evaluation.protocol import Protocol
 
 MAX_COST = 0.01  # dB of PSNR
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # instructions by PyTorch's names; the last one is of ARM
@@ -29,25 +31,22 @@ def pick_precision(
     process: Process,  # every one must call this; the first one's choice counts for all
     net: Network,
     pictures: Sequence[Picture],  # of the test; the first batch of them is tried on
-    cs_ratio: float,
-    block_size: int,
-    seed: int,
-    size_multiple: int,
-    batch_size: int | None,
+    protocol: Protocol,
 ) -> tuple[str, str]:
-    """The precision, and a sentence that says why.
+    """Return the precision to compute in, and a sentence that says why.
 
     The first batch is reconstructed in fp32 and in what `half_precisions` says, twice each. The cost is the mean PSNR
     in fp32 minus that in the other precision; what is not finite is not picked.
     """
-    choices = half_precisions(process.device)
+    device = process.device
+    choices = half_precisions(device)
     if not choices:
-        return "fp32", f"fp32, since {process.device} has no instructions for less"
-    pictures, scores = first_batch(pictures, block_size, size_multiple, batch_size, process.device), {}
+        return "fp32", f"fp32, since {device} has no instructions for less"
+    first, scores = [pictures[number] for number in protocol.batches(pictures, device)[0]], {}
     for precision in ("fp32", *choices):
         for _ in range(2):  # the first time also chooses kernels, or compiles
-            scores[precision] = mean_scores(evaluate(net, pictures, cs_ratio, block_size, seed, process.device,
-                                                     precision, size_multiple, batch_size))
+            results = evaluate(net, first, replace(protocol, precision=precision), device)
+            scores[precision] = mean_scores(results)
     return process.all_gather(_choice(scores))[0]
 
 
@@ -62,8 +61,8 @@ def _choice(scores: dict[str, Scores]) -> tuple[str, str]:
     return best, f"{best}: on {fp32.count} picture{'s' if fp32.count > 1 else ''}, {'; '.join(found)}"
 
 
-def compile_blocks(net: ModelMixin, device: torch.device, dynamic: bool | None = None) -> None:
-    """Have every resnet and attention compiled when it is first used, one by one: all at once takes minutes.
+def compile_blocks(net: nn.Module, device: torch.device, dynamic: bool | None = None) -> None:
+    """Have every resnet and attention of an IDM compiled when it is first used, one by one: all at once takes minutes.
 
     dynamic is torch.compile's: whether code for any size is made; None makes it when a second size is met.
 

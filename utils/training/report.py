@@ -11,6 +11,8 @@ from tqdm import tqdm
 from utils.data.testsets import Picture
 from utils.errors import UserError
 from utils.evaluation.evaluate import Result, evaluate, evaluate_spread, mean_scores
+from utils.evaluation.protocol import Protocol
+from utils.measurement import Measurement
 from utils.training.learning_rate import learning_rate
 from utils.training.run import Run
 from utils.training.settings import TEST_SEED
@@ -152,20 +154,20 @@ def test(run: Run, ratio: float) -> dict[str, float]:
     settings, net, iteration = run.settings, run.best, run.progress.iteration
     epoch = math.ceil(iteration / settings.iters_per_epoch)
     label = f"[{epoch:02d}/{settings.epoch}] {settings.testset_name}, ratio {ratio:g}"
+    measurement = Measurement("cs", {"cs_ratio": ratio, "block_size": settings.block_size}, TEST_SEED)
+    protocol = Protocol(measurement, settings.precision)
     shown = []
 
     def each(picture: Picture, result: Result) -> None:
         if run.log and len(shown) < STRIPS:
             shown.append(picture)
-            (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], ratio, settings.block_size,
-                               TEST_SEED, size_multiple=net.size_multiple)
+            (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], protocol)
             strip = [back.reconstruction, result.reconstruction, picture.luminance]
             run.log.strip(iteration, f"back-projection, reconstruction, truth at {ratio:g}/{picture.name}", strip)
 
     net.eval()
     try:
-        scores = mean_scores(evaluate_spread(run.process, net, run.testset, ratio, settings.block_size, TEST_SEED,
-                                             settings.precision, net.size_multiple, each=each))
+        scores = mean_scores(evaluate_spread(run.process, net, run.testset, protocol, each=each))
     except UserError as error:
         run.report(f"{label}: test skipped: {error}")
         return {}

@@ -1,0 +1,86 @@
+"""Which weights a command line means, and loading them."""
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from utils.devices import memory_suffices
+from utils.errors import UserError, listed
+from utils.measurement import Measurement
+
+if TYPE_CHECKING:
+    from model import IDM
+
+PUBLISHED_EPOCH = 50  # of the files that the authors give away
+BESIDE = Path(__file__).resolve().parents[1] / "weight"  # the folder that comes with the programs
+
+
+@dataclass(frozen=True)
+class WeightFlags:
+    """What the flags say about weights."""
+
+    weights: Path | None = None  # a file or a folder; nothing else is looked for
+    model_dir: Path | None = None  # where to look; if not given, in weight, here or beside the programs
+    epoch: int | None = None  # of the file to load
+    step_number: int = 3  # T
+
+    def find(self, measurement: Measurement) -> Path:
+        """Return the path of what --weights names; else of the published file of this measurement, else of the folder
+        that train.py leaves, else of the compact weights.
+
+        Raises UserError where there is nothing, or an epoch is asked for that is not there.
+        """
+        if self.weights is not None:
+            if not self.weights.exists():
+                raise UserError(f"--weights names {self.weights}, which does not exist")
+            return self.weights
+        folders = [self.model_dir] if self.model_dir else [Path("weight"), BESIDE]
+        name = measurement.run_name(self.step_number)
+        quiet = replace(measurement, noise=(0.0, 0.0)).run_name(self.step_number)
+        for run in dict.fromkeys(folder / each for each in (name, quiet) for folder in folders):
+            if found := self._in_run(run):
+                return found
+        compact = [folder / "compact" for folder in folders]
+        if found := [path for path in compact if path.exists()]:
+            return found[0]
+        raise UserError(f"there are no weights for {measurement.title}, neither {folders[0] / name / self.file} nor "
+                        f"{compact[0]}; train them with train.py, or name others with --weights")
+
+    @property
+    def file(self) -> str:
+        return f"net_params_{PUBLISHED_EPOCH if self.epoch is None else self.epoch}.pkl"
+
+    def _in_run(self, folder: Path) -> Path | None:
+        """What to load from the folder of a run; other epochs' files are never taken unasked."""
+        published, newest = folder / self.file, folder / "pretrained"
+        if os.path.lexists(published):  # a link to nothing is not the same as nothing: loading it will say so
+            return published
+        others = sorted(path.name for path in folder.glob("net_params_*.pkl"))
+        if os.path.lexists(newest) and (self.epoch is None or not others):
+            return newest
+        if others:
+            raise UserError(f"{folder} holds {listed(others)}, but not {self.file}; choose an --epoch")
+        return None
+
+    def notes(self, path: Path, net: "IDM", measurement: Measurement) -> list[str]:
+        """Return what is to be said of the weights that were loaded from `path`: flags that do not apply to them."""
+        notes, steps = [], net.config.num_steps
+        if self.weights is None and path.name == "compact" and measurement.operator != "cs":
+            notes.append(f"there are no weights for {measurement.name} in {path.parent}; these were trained for cs")
+        if self.step_number != steps:
+            notes.append(f"these weights are for T = {steps}; --step_number {self.step_number} does not apply")
+        if self.epoch is not None and path.name != self.file:
+            why = "--weights names them" if self.weights else "these weights are the only ones there"
+            notes.append(f"{why}; --epoch {self.epoch} does not apply")
+        return notes
+
+
+def load_network(path: Path, device: torch.device) -> "IDM":
+    """Return the network of these weights on the device, ready to reconstruct; raises WeightsError and UserError."""
+    from model import IDM  # takes seconds, which a mistake in the flags need not wait for
+
+    net = IDM.from_checkpoint(path).eval()
+    with memory_suffices(f"for the network on {device}; choose another --device"):
+        return net.to(device, memory_format=torch.channels_last)  # what GPUs' convolutions take in half precision
