@@ -1,13 +1,14 @@
 """Level one: the sampling chain around the U-Net, and the class IDM (paper, section 3.1)."""
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import checkpoint, compact_start
+from . import checkpoint, compact_start, photograph
 from .couplings import WeightedCoupling
 from .operators import LinearOperator, PaddedOperator
 from .reversible import ReversibleChain
@@ -125,6 +126,22 @@ class IDM(ModelMixin, ConfigMixin):
         x, h = self.steps(x, self.input_scale * x, contexts, store_every=self.store_every,
                           keep_last=self.store_every is not None, reversible=self.invertible in ("both", "sampling"))
         return (x + self.merge_scale * h)[..., :height, :width]
+
+    def reconstruct(
+        self,
+        image: np.ndarray,  # uint8, (H, W) or RGB (H, W, 3), of any size
+        cs_ratio: float = 0.1,  # M / N, in (0, 1]
+        block_size: int = 32,  # B; N = B²
+        seed: int = 2025,  # of the sampling matrix and the permutation
+    ) -> np.ndarray:
+        """Measure a photograph's luminance and return what is recovered of it, uint8 and of the image's shape.
+
+        Cr and Cb are the image's own, as in the paper's pictures.  Put the network into eval mode first.
+
+        Raises:
+            ValueError: for an image of another type or shape, or an impossible ratio.
+        """
+        return photograph.reconstruct(self, image, cs_ratio, block_size, seed)
 
     def to(self, *args, **kwargs) -> "IDM":
         """As of any module; diffusers' own warns of parts kept in float32, of which there are none here."""
