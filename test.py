@@ -62,14 +62,14 @@ def main() -> None:
                 process.print(line)
             if args.compile:
                 compile_blocks(net, process.device)
+            if args.attention_window:
+                net.attention_window = args.attention_window
         network = self_ensemble(net) if args.self_ensemble else net
         for testset in testsets:
-            protocol, precision = Protocol(measurement, batch_size=args.batch_size), args.precision
-            if precision == "auto":
-                precision, reason = pick_precision(process, network, testset.pictures, protocol)
-                process.print(f"precision {reason}")
+            protocol = in_precision(args.precision, Protocol(measurement, batch_size=args.batch_size), process, network,
+                                    testset.pictures)
             label = testset.name if len(measured) == 1 else f"{testset.name}/{measurement.name}"
-            found = test(process, network, testset, replace(protocol, precision=precision), metrics, label)
+            found = test(process, network, testset, protocol, metrics, label)
             process.print(report.summary(found, f"{testset.name} at {measurement.title}", metrics))
             scores[testset.name, measurement.title] = found
     if len(scores) > 1:
@@ -119,6 +119,15 @@ def test(
     return scores
 
 
+def in_precision(precision: str, protocol: Protocol, process: Process, net: Network,
+                 pictures: list[Picture]) -> Protocol:
+    """Return the protocol in this precision; auto picks one, and says why."""
+    if precision == "auto":
+        precision, reason = pick_precision(process, net, pictures, protocol)
+        process.print(f"precision {reason}")
+    return replace(protocol, precision=precision)
+
+
 def opening(path: Path, net: Network, process: Process, precision: str, ensemble: bool) -> str:
     """Return the first line: which weights, of what size, on what."""
     parameters = sum(parameter.numel() for parameter in net.parameters())
@@ -162,6 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=whole(1),
         help="pictures of one size to reconstruct together; if not given, 1 on a CPU, 8 of 256x256 on a GPU")
     add("--compile", action="store_true", help="compile the network first; pays for large test sets")
+    add("--attention_window", type=whole(1),
+        help="side, in tokens, of the windows that attention works in: faster for large pictures, and a little worse "
+             "where the weights were trained without; if not given, as trained")
     add("--self_ensemble", action="store_true",
         help="reconstruct each picture in its eight orientations and take the mean: better, and eight times as slow")
     add("--metrics", type=several(METRICS), default=[],

@@ -146,6 +146,17 @@ def test_names_are_the_published_ones_for_cs():
     assert Measurement().with_settings(cs_ratio=0.5).name == "50"
 
 
+def test_a_new_setting_of_cs_leaves_the_published_names_alone(monkeypatch):
+    class Blocks(BlockCompressedSensing):
+        @classmethod
+        def random(cls, image_shape, cs_ratio: float, block_size: int, generator, permuted: bool = True):
+            """As `cs` with one more setting."""
+
+    monkeypatch.setitem(OPERATORS, "cs", Blocks)
+    assert Measurement().name == "10" and Measurement().run_name(3) == "R_0.10_T_3_B_32"
+    assert Measurement().with_settings(permuted=False).name == "10_permuted_False"
+
+
 def test_noise_is_a_level_or_a_range():
     assert noise("0.05") == (0.05, 0.05) and noise("0-0.05") == (0.0, 0.05) and noise("1e-3-5e-3") == (0.001, 0.005)
     for text in ("-1", "0.05-0", "nan", "much"):

@@ -122,20 +122,22 @@ class Measurement:
     def name(self) -> str:
         """Name of a folder of results: 10 at a ratio of 10 % of cs, as published; inpainting_keep_0.5 of others."""
         if self.operator == "cs":
-            return percent(self.settings["cs_ratio"]) + self._suffix(but=tuple(PUBLISHED))
+            return percent(self.settings["cs_ratio"]) + self._suffix()
         return self.operator + self._suffix()
 
     def run_name(self, step_number: int) -> str:
         """Name of a folder of weights: R_0.10_T_3_B_32 for cs, as published; inpainting_keep_0.5_T_3 for others."""
         if self.operator == "cs":
             published = run_name([self.settings["cs_ratio"]], step_number, self.settings["block_size"])
-            return published + self._suffix(but=tuple(PUBLISHED))
+            return published + self._suffix()
         return f"{self.operator}{self._suffix()}_T_{step_number}"
 
-    def _suffix(self, but: Sequence[str] = ()) -> str:
-        """Settings and noise as a part of a file's name."""
-        words = [f"{name}_{_written(value)}" for name, value in self.settings.items()
-                 if value is not None and name not in but]
+    def _suffix(self) -> str:
+        """Settings and noise as a part of a file's name; of cs no setting that is published."""
+        known = setting_parameters(self.operator)
+        named = {name: value for name, value in self.settings.items() if value is not None and not (
+            self.operator == "cs" and (name in PUBLISHED or value == known[name].default))}
+        words = [f"{name}_{_written(value)}" for name, value in named.items()]
         low, high = self.noise
         if high > 0:
             words.append(f"noise_{high:.10g}" if low == high else f"noise_{low:.10g}-{high:.10g}")

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 
 SSIM_WINDOW = 7  # scikit-image's default
 
@@ -80,6 +79,8 @@ def ssim(truth: np.ndarray, reconstruction: np.ndarray) -> float:
     _same_shape(truth, reconstruction)
     if min(truth.shape) < SSIM_WINDOW:
         return math.nan
+    from skimage.metrics import structural_similarity  # with scipy, which a mistake in the flags need not wait for
+
     return float(structural_similarity(truth.astype(np.float64), reconstruction.astype(np.float64),
                                        win_size=SSIM_WINDOW, data_range=255))
 
