@@ -180,7 +180,7 @@ def method(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
     if not (name.strip() and equals and folder):
         raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, not {text}")
-    return name.strip(), Path(folder)
+    return name.strip(), place(folder)
 
 
 def testset(text: str) -> str:

@@ -28,7 +28,7 @@ from utils.evaluation.evaluate import Metrics, Network, Result, Scores, evaluate
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.speed import compile_blocks, pick_precision
 from utils.files import lock_folder, make_folder, remove
-from utils.flags import Parser, place, several, whole
+from utils.flags import Parser, file_path, integer, several
 from utils.measurement_flags import add_measurement_flags, measurements
 from utils.weights import PUBLISHED_EPOCH, WeightFlags, load_network
 
@@ -154,24 +154,24 @@ def open_testset(name: str, data_dir: Path, result_dir: Path) -> TestSet:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--epoch", type=whole(0), help=f"which of the saved epochs to load; {PUBLISHED_EPOCH}, else the newest of "
+    add("--epoch", type=integer(0), help=f"which of the saved epochs to load; {PUBLISHED_EPOCH}, else the newest of "
         "train.py, if not given")
-    add("--step_number", type=whole(1), default=3, help="T, the sampling steps of the weights to load")
+    add("--step_number", type=integer(1), default=3, help="T, the sampling steps of the weights to load")
     add_measurement_flags(parser)
-    add("--model_dir", type=place, help="folder of the weights; weight, here or beside test.py, if not given")
-    add("--data_dir", type=place, default="data", help="folder of the test sets")
+    add("--model_dir", type=file_path, help="folder of the weights; weight, here or beside test.py, if not given")
+    add("--data_dir", type=file_path, default="data", help="folder of the test sets")
     add("--testset_name", default="Set11", help="a folder of pictures in the data folder, or a folder or a picture by "
         "its path, or Samples, which needs none; several as Set11,CBSD68")
-    add("--result_dir", type=place, default="result", help="folder for reconstructions and scores")
-    add("--weights", type=place,
+    add("--result_dir", type=file_path, default="result", help="folder for reconstructions and scores")
+    add("--weights", type=file_path,
         help="a published .pkl or a folder of train.py, instead of looking in the folder of the weights")
     add("--device", help="cpu, cuda, cuda:1, ...; the first GPU, where there is one, if not given")
     add("--precision", choices=(*PRECISIONS, "auto"), default="fp32",
         help="what the network computes in; auto: the fastest that costs at most 0.01 dB on the first pictures")
-    add("--batch_size", type=whole(1),
+    add("--batch_size", type=integer(1),
         help="pictures of one size to reconstruct together; if not given, 1 on a CPU, 8 of 256x256 on a GPU")
     add("--compile", action="store_true", help="compile the network first; pays for large test sets")
-    add("--attention_window", type=whole(1),
+    add("--attention_window", type=integer(1),
         help="side, in tokens, of the windows that attention works in: faster for large pictures, and a little worse "
              "where the weights were trained without; if not given, as trained")
     add("--self_ensemble", action="store_true",

@@ -27,7 +27,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """The type of a flag whose values are whole numbers from `least` on, up to `most`."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text) or int(text) < least:
@@ -61,7 +61,7 @@ def several(choices: Iterable[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def place(text: str) -> Path:
+def file_path(text: str) -> Path:
     """The type of a flag that names a folder, or a file: an unset variable of the shell's is neither."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty; the current folder is .")
@@ -105,3 +105,6 @@ def run_name(cs_ratio: list[float], step_number: int, block_size: int, between: 
     """
     parts = (f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.10g}" for ratio in cs_ratio)
     return f"R_{between.join(parts)}_T_{step_number}_B_{block_size}"
+
+
+place, whole = file_path, integer  # until all callers are renamed

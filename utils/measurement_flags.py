@@ -6,7 +6,7 @@ from typing import Any
 
 from model.operators import OPERATORS
 from utils.errors import UserError
-from utils.flags import LARGEST_BLOCK, noise, ratios, whole
+from utils.flags import LARGEST_BLOCK, integer, noise, ratios
 from utils.measurement import PUBLISHED, Measurement
 from utils.operator_settings import read_settings, setting_parameters, settings_of
 
@@ -15,14 +15,14 @@ def add_measurement_flags(parser: ArgumentParser, ratio: Callable[[str], Any] = 
     """Add --cs_ratio, read by `ratio`, --block_size, --operator, --operator_settings, --noise and --seed."""
     add = parser.add_argument
     add("--cs_ratio", type=ratio, help="M / N in (0, 1], 0.1 if not given; several as 0.1/0.3/0.5")
-    add("--block_size", type=whole(1, LARGEST_BLOCK),
+    add("--block_size", type=integer(1, LARGEST_BLOCK),
         help="B, 32 if not given: rows of B² pixels are measured by themselves")
     add("--operator", choices=list(OPERATORS), default="cs", help="what measures the pictures")
     settings = "; ".join(f"{name}: {settings_of(setting_parameters(name))}" for name in OPERATORS)
     add("--operator_settings", nargs="+", default=[], metavar="KEY=VALUE", help=settings.replace("%", "%%"))
     add("--noise", type=noise, default="0", help="standard deviation of noise on the measurements, or a range as "
         "0-0.05, drawn for each picture; pictures are in [0, 1]")
-    add("--seed", type=whole(0), default=2025, help="of the operators and the noise")
+    add("--seed", type=integer(0), default=2025, help="of the operators and the noise")
 
 
 def measurements(

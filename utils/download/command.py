@@ -146,7 +146,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser("Fetch test sets into data/ and check them; say what to fetch by hand.", epilog=overview(),
                     prog="python -m utils.download", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(NAMES)}")
-    parser.add_argument("--from", dest="source", metavar="FOLDER_OR_URL", help="a mirror to take the test sets from")
+    parser.add_argument("--from", dest="source", metavar="FOLDER_OR_URL", type=os.path.expanduser,
+                        help="a mirror to take the test sets from")
     parser.add_argument("--check", action="store_true",
                         help="fetch nothing; check the files of the sets named, or of all that are there")
     parser.add_argument("--data_dir", type=place, default="data",

@@ -1,5 +1,6 @@
 """The settings of a training run: each a flag of train.py, the published ones under their names and defaults."""
 import argparse
+import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -107,7 +108,7 @@ class Settings:
     max_iters: int | None = flag(None, "stop after this many iterations in all, with a checkpoint, which a run without "
                                  "this flag replaces when that epoch is finished", type=whole(1), decides=False)
     base_model: str = flag("stable-diffusion-v1-5/stable-diffusion-v1-5", "where weights come from: a hub id, a "
-                           "folder, a file, an IDM checkpoint, or 'compact' for fresh ones")
+                           "folder, a file, an IDM checkpoint, or 'compact' for fresh ones", type=os.path.expanduser)
     decay_from: Path | None = flag(
         None, "begin from the weights, their average and the optimizer of another run, which can go on: a state of it "
         "or its folder; the learning rate falls to 0, over crops that are new to them", type=place)
