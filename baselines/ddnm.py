@@ -26,14 +26,15 @@ class Sampling:
         eta: η in [0, 1], the share of the noise that is drawn anew at each step; 0 makes the chain deterministic.
         travel_length: steps that a time travel goes back (RePaint's jump length).
         travel_repeat: times that each stretch of that length is walked; 1: no time travel.
-        noise_level: standard deviation of the noise in y, where the image is in [0, 1]; above 0: DDNM+.
+        noise_level: standard deviation of the noise in y, where the image is in [0, 1], one for all or (batch,);
+            above 0: DDNM+.
     """
 
     steps: int = 100
     eta: float = 0.85
     travel_length: int = 1
     travel_repeat: int = 1
-    noise_level: float = 0.0
+    noise_level: float | Tensor = 0.0
 
     def __post_init__(self):
         for name in ("steps", "travel_length", "travel_repeat"):
@@ -41,7 +42,8 @@ class Sampling:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {self.eta}")
-        if not 0 <= self.noise_level < float("inf"):
+        levels = torch.as_tensor(self.noise_level)
+        if not (levels.isfinite() & (levels >= 0)).all():
             raise ValueError(f"noise_level must be finite and not negative, not {self.noise_level}")
 
     def times(self, training_steps: int) -> list[int]:
@@ -90,27 +92,28 @@ def ddnm(
         correction = 2 * operator.A_dagger(operator.A((x0 + 1) / 2) - y)
         z = draw()
         noise = sigma * (eta * z + (1 - eta**2) ** 0.5 * epsilon)
-        scale = 1.0
-        if sampling.noise_level > 0:
-            # What y brings along may not exceed what x_j is to hold; what is missing, z adds in the range of A.
+        if noise_in_range is not None:
+            # What y brings along may not exceed the noise that x_j is to hold; z adds what is missing in A's range.
             brought = a * noise_in_range
-            scale = 1.0 if sigma >= brought else float(sigma * (1 - eta**2) ** 0.5 / brought)
+            scale = torch.where(sigma < brought, sigma * (1 - eta**2) ** 0.5 / brought, 1)  # λ
+            correction = scale * correction
             added = (sigma**2 - (scale * brought) ** 2).clamp(min=0).sqrt()
             noise = noise + operator.A_dagger(operator.A(added * z - noise))
-        x = a * (x0 - scale * correction) + noise
+        x = a * (x0 - correction) + noise
     return (x + 1) / 2
 
 
-def _noise_in_range(operator, x: Tensor, noise_level: float) -> float:
-    """Return the standard deviation that y's noise has in A⁺y, for images in [-1, 1]: 2 σ / s, s the singular value.
+def _noise_in_range(operator, x: Tensor, noise_level: float | Tensor) -> Tensor | None:
+    """Return the standard deviation of the noise in A⁺y, for images in [-1, 1], (batch or 1, 1, 1, 1); None without.
 
-    Raises ValueError where the singular values of the operator differ, for then it has none.
+    It is 2 σ / s, s the singular value of A. Raises ValueError where singular values differ, for then there is no one.
     """
-    if noise_level == 0:
-        return 0.0
+    levels = torch.as_tensor(noise_level, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
+    if not levels.any():
+        return None
     v = operator.A_adjoint(operator.A(x))
     w = operator.A_adjoint(operator.A(v))
-    squared = float((w * v).sum() / (v * v).sum())
+    squared = (w * v).sum() / (v * v).sum()  # v is in the range of Aᵀ, where AᵀA is s²
     if (w - squared * v).norm() > TOLERANCE * w.norm():
         raise ValueError("DDNM+ (noise_level above 0) needs a tight operator, one whose singular values are all alike")
-    return 2 * noise_level / squared**0.5
+    return 2 * levels / squared.sqrt()

@@ -84,7 +84,8 @@ class DDNM(nn.Module):
         self,
         y: Tensor,  # measurements of images in [0, 1]
         operator,  # ours or deepinv's, of images (batch, C, H, W), C = 1 or that of the network
-        noise_level: float | None = None,  # standard deviation of the noise in y; None: what `sampling` says
+        noise_level: float | Tensor | None = None,  # standard deviation of the noise in y, or (batch,) of them; None:
+        # what `sampling` says
     ) -> Tensor:
         """Return x̂ (batch, C, H, W), about in [0, 1]; raises ValueError where operator and network do not fit."""
         back_projection = operator.A_dagger(y)

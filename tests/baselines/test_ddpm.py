@@ -73,6 +73,9 @@ def test_what_is_known_of_the_noise_at_the_call_counts():
     by_setting = DDNM(tiny(), schedule(), Sampling(4, noise_level=0.1))(y, operator)
     at_call = DDNM(tiny(), schedule(), Sampling(4))(y, operator, noise_level=0.1)
     assert torch.equal(by_setting, at_call)
+    each = DDNM(tiny(), schedule(), Sampling(4))(y, operator, noise_level=torch.tensor([0.1, 0.0]))
+    np.testing.assert_allclose(each[:1], at_call[:1], atol=1e-6)
+    np.testing.assert_allclose(operator.A(each)[1:], y[1:], atol=1e-4)
     assert (operator.A(at_call) - y).abs().max() > 0.01  # y is not copied, noise and all
 
 
