@@ -11,6 +11,7 @@ from baselines.ddnm import Sampling, ddnm
 from utils.errors import UserError, first_line
 
 CHANNELS = (1, 3)  # of networks that DDNM takes
+NORM_GROUPS = 8
 
 
 def small_unet(block_out_channels: tuple[int, ...] = (16, 32, 64, 128)) -> UNet2DModel:
@@ -18,7 +19,7 @@ def small_unet(block_out_channels: tuple[int, ...] = (16, 32, 64, 128)) -> UNet2
     scales = len(block_out_channels)
     return UNet2DModel(in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=block_out_channels,
                        down_block_types=("DownBlock2D",) * scales, up_block_types=("UpBlock2D",) * scales,
-                       norm_num_groups=8, add_attention=False)
+                       norm_num_groups=NORM_GROUPS, add_attention=False)
 
 
 def schedule() -> DDPMScheduler:

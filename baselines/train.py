@@ -1,70 +1,117 @@
-"""Train the small DDPM on one process (provisional)."""
+"""Train an unconditional DDPM: one process by `python -m baselines.train`, several by `torch.distributed.run -m`."""
 import argparse
-import math
-import time
-from copy import deepcopy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
 
-from baselines.ddpm import noise_loss, schedule, small_unet
-from utils.data.crops import TrainingCrops
-from utils.files import append_line, write_whole
+from baselines.ddpm import NORM_GROUPS, noise_loss, schedule, small_unet
+from train import update
+from utils import distributed, errors
+from utils.devices import computing_in
+from utils.files import write_whole_folder
+from utils.flags import whole
+from utils.training.draws import Draw
+from utils.training.loop import train
+from utils.training.run import Run
+from utils.training.settings import Settings, flag, other_default, parse_settings
+from utils.training.start import open_run
+from utils.training.state import seed_all
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """The type of --widths: 16,32,64,128."""
+    values = tuple(whole(1)(part.strip()) for part in text.split(","))
+    if any(value % NORM_GROUPS for value in values):
+        raise argparse.ArgumentTypeError(f"must be multiples of {NORM_GROUPS}, as 16,32,64,128, not {text}")
+    return values
+
+
+@dataclass(frozen=True)
+class DdpmSettings(Settings):
+    """What the training of a DDPM is told: the settings of train.py that have a meaning here, and the widths."""
+
+    without: ClassVar[frozenset[str]] = frozenset({
+        "step_number", "cs_ratio", "block_size", "loss", "base_model", "width", "shuffle", "invertible", "compile",
+        "testset_name"})
+
+    epoch: int = other_default("epoch", 4)
+    learning_rate: float = other_default("learning_rate", 1e-3)
+    lr_schedule: str = other_default("lr_schedule", "cosine")
+    batch_size: int = other_default("batch_size", 16)
+    patch_size: int = other_default("patch_size", 64)
+    clip: float | None = other_default("clip", 1.0)
+    ema: float | None = other_default("ema", 0.999)
+    testset_name: str | None = other_default("testset_name", None)
+    widths: tuple[int, ...] = flag((16, 32, 64, 128), "channels of the scales, each half as large as the one before",
+                                   type=widths)
+
+    @property
+    def name(self) -> str:
+        return f"ddpm_{'_'.join(map(str, self.widths))}"
+
+    def described(self, net: UNet2DModel, before: int) -> list[tuple[str, str]]:
+        source = f", from {self.decay_from} after {before} iterations" if self.decay_from else ""
+        return [("network", f"{sum(parameter.numel() for parameter in net.parameters()):,} parameters, widths "
+                            f"{', '.join(map(str, self.widths))}{source}")]
+
+
+def train_step(
+    scheduler: DDPMScheduler,
+    run: Run,
+    batches: Iterator[Tensor],  # crops (batch, 1, P, P) uint8, one after the other
+) -> tuple[Tensor, Tensor]:
+    """One iteration: add noise to crops, estimate it, and move the weights against the gradient of the square error.
+
+    Returns the loss, a mean over this process's batches, and the norm of its gradient.
+    """
+    settings, device, losses = run.settings, run.process.device, []
+    for slot in run.slots:  # batches whose gradients are added up
+        pixels = next(batches).to(device, non_blocking=True)
+        generator = torch.Generator().manual_seed(distributed.seed_of(settings.seed, run.iterations_of_weights, slot))
+        x = Draw(symmetry=int(torch.randint(8, (), generator=generator)), operator=None).turned(pixels)
+        with computing_in(settings.precision, device), run.exchanging(slot):
+            loss = noise_loss(run.model, scheduler, x, generator)
+        finite = 1 + 0 * loss.detach()  # 1, or nan: a loss that is not finite shows in the gradients of all processes
+        run.scaler.scale(finite * loss / settings.accumulate).backward()
+        losses.append(loss.detach())
+    loss = torch.stack(losses).mean()
+    return loss, update(run, loss)
+
+
+def build(settings: DdpmSettings, process: distributed.Process, config: dict[str, Any] | None) -> UNet2DModel:
+    """Return a fresh network, or one as a state describes it."""
+    if settings.patch_size % (multiple := 2 ** (len(settings.widths) - 1)):
+        raise errors.UserError(f"--patch_size must be a multiple of {multiple} here, not {settings.patch_size}")
+    if config:
+        return UNet2DModel(**config)
+    seed_all(settings.seed)
+    return small_unet(settings.widths)
+
+
+def save_pipeline(scheduler: DDPMScheduler, net: UNet2DModel, folder: Path, epoch: int) -> None:
+    """Write network and scheduler as a DDPM pipeline of diffusers into the folder `pretrained` of the run's folder."""
+    write_whole_folder(folder / "pretrained", DDPMPipeline(net, scheduler).save_pretrained)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    for flag, default in {"iterations": 4000, "batch_size": 16, "patch_size": 64, "seed": 2025, "warm_up": 80}.items():
-        parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.999)
-    for flag in ("train_dir", "cache_dir", "model_dir"):
-        parser.add_argument(f"--{flag}", type=Path)
-    args = parser.parse_args()
-    args.model_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    net, scheduler = small_unet(), schedule()
-    ema = deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.learning_rate, fused=True)
-    crops = TrainingCrops(args.train_dir, args.patch_size, args.seed, cache_dir=args.cache_dir)
-    print(crops.notice, len(crops.names), "pictures")
-    path, first, cpu = args.model_dir / "state.pt", 0, 0.0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        net.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, cpu = state["iteration"], state["cpu_seconds"]
-    saved, total, started = time.monotonic(), 0.0, time.process_time()
-    for i in range(first, args.iterations):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + i)
-        x = torch.stack([crops[i * args.batch_size + k] for k in range(args.batch_size)]).float() / 255
-        way = int(torch.randint(8, (), generator=generator))
-        x = torch.rot90(x.flip(-1) if way >= 4 else x, way % 4, (-2, -1))
-        rise = min(1, (i + 1) / args.warm_up)
-        fall = 0.5 * (1 + math.cos(math.pi * max(0, i - args.warm_up) / (args.iterations - args.warm_up)))
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * rise * fall
-        loss = noise_loss(net, scheduler, x, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(args.ema, (1 + i) / (10 + i))
-        with torch.no_grad():
-            for mean, now in zip(ema.parameters(), net.parameters(), strict=True):
-                mean.lerp_(now, 1 - decay)
-        total += float(loss.detach())
-        if (i + 1) % 100 == 0:
-            seconds = cpu + time.process_time() - started
-            append_line(args.model_dir / "log.txt", f"{i + 1} loss {total / 100:.5f} cpu {seconds:.0f} s")
-            total = 0.0
-        if time.monotonic() - saved > 300 or i + 1 == args.iterations:
-            state = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                     "iteration": i + 1, "cpu_seconds": cpu + time.process_time() - started}
-            write_whole(path, lambda file, state=state: torch.save(state, file))
-            saved = time.monotonic()
+    settings = parse_settings(__doc__, DdpmSettings)
+    scheduler = schedule()
+    run, unlogged = open_run(settings, distributed.start(settings.device), build)
+    run.save_checkpoint = partial(save_pipeline, scheduler)
+    finished = train(run, partial(train_step, scheduler), unlogged)
+    if run.log:
+        run.log.close()
+    distributed.stop()
+    if not finished:
+        sys.exit(errors.INTERRUPTED)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -124,6 +124,6 @@ def finish_epoch(run: Run, epoch: Epoch, batches: Batches) -> None:
     due = (epoch.number % settings.save_interval == 0 or iteration == settings.last_iteration
            or epoch.start % settings.iters_per_epoch)
     if run.process.is_main and due:
-        save_checkpoint(run.best, settings.folder, epoch.number)
+        (run.save_checkpoint or save_checkpoint)(run.best, settings.folder, epoch.number)
     run.save(unlogged=record)  # after the checkpoint: what a state counts as done is all there
     test_and_log(run, record)

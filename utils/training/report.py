@@ -23,13 +23,10 @@ STRIPS = 4  # test pictures that TensorBoard shows
 
 def opening(run: Run, notes: list[str]) -> str:
     """All that matters about what is about to happen."""
-    settings, process, net = run.settings, run.process, run.net
-    source = settings.base_model
-    if settings.decay_from:
-        source = f"{settings.decay_from} after {run.progress.before} iterations"
-    parameters = sum(parameter.numel() for parameter in net.parameters())
+    settings, process = run.settings, run.process
     device = torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else process.device.type
-    extras = [f"invertible: {settings.invertible}"] + ["compiled"] * settings.compile
+    extras = [f"invertible: {settings.invertible}"] if "invertible" not in settings.without else []
+    extras += ["compiled"] * settings.compile
     extras += ([f"clipped at {settings.clip:g}"] if settings.clip else []) + (
         [f"ema {settings.ema:g}"] if settings.ema else [])
     share = f"{run.batches} batch(es) of {settings.batch_size}" + (
@@ -41,9 +38,7 @@ def opening(run: Run, notes: list[str]) -> str:
     side = settings.patch_size
     lines = [
         ("pictures", f"{len(run.crops.names)} in {settings.train_dir}; crops of {side}x{side}"),
-        ("network", f"{parameters:,} parameters, widths {' and '.join(map(str, net.config.block_out_channels))}, "
-                    f"T = {settings.step_number}, from {source}"),
-        ("operator", f"ratio {settings.cs_ratio}, block size {settings.block_size}"),
+        *settings.described(run.net, run.progress.before),
         ("training", f"{length}; an iteration is {share}"),
         ("", f"learning rate {settings.learning_rate:g} ({settings.lr_schedule}{warm_up}), seed {settings.seed}"),
         ("machine", f"{process.world_size} process(es) on {device}, {settings.precision}, {', '.join(extras)}"),
@@ -95,7 +90,7 @@ class Epoch:
         seconds = time.monotonic() - self.started
         scalars = {name: parameter.item() for name, parameter in run.net.named_parameters()
                    if name.endswith(".v") and parameter.numel() == 1}
-        alphas = run.net.schedule.alpha.tolist()
+        alphas = run.net.schedule.alpha.tolist() if hasattr(run.net, "schedule") else []
         return {
             "epoch": self.number,
             "iteration": progress.iteration,

@@ -1,8 +1,9 @@
 """A training run: what it consists of, and how it is saved."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Run:
     testset: list[Picture] = field(default_factory=list)  # empty: no tests
     log: TrainingLog | None = None  # on rank 0
     lock: AbstractContextManager | None = None  # on rank 0, of the folder, as long as it lives
+    save_checkpoint: Callable[[nn.Module, Path, int], None] | None = None  # how, where not as IDM is saved
 
     def __post_init__(self):
         self.model = self.process.wrap(self.net.train())  # what a step calls: `net`, or it with gradients exchanged

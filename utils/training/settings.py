@@ -2,11 +2,12 @@
 import argparse
 import os
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from utils.devices import PRECISIONS
 from utils.errors import UserError
@@ -76,6 +77,11 @@ def flag(
                                             "flag": {"help": help, **how}})
 
 
+def other_default(name: str, default: Any) -> Any:
+    """Return the field of `Settings` of this name with another default, for a kind of training of its own."""
+    return field(default=default, metadata=Settings.__dataclass_fields__[name].metadata)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a training run is told.
@@ -83,6 +89,8 @@ class Settings:
     --invertible and --compile do not decide what the weights will be: all their values have the same gradients but for
     rounding, and who ran out of memory may go on with "both".
     """
+
+    without: ClassVar[frozenset[str]] = frozenset()  # settings that a kind of training derived from this one has not
 
     epoch: int = flag(50, "epochs to train", type=whole(1), decides=False)
     step_number: int = flag(3, "T, sampling steps", type=whole(1))
@@ -132,7 +140,8 @@ class Settings:
                                   of_machine=True)
     no_cache: bool = flag(False, "decode all pictures into memory, at every start and in every process",
                           action="store_true", decides=False)
-    testset_name: str = flag("Set11", "tested on after each epoch: a folder of DATA_DIR, or Samples", decides=False)
+    testset_name: str | None = flag("Set11", "tested on after each epoch: a folder of DATA_DIR, or Samples",
+                                    decides=False)
     model_dir: Path = flag(Path("weight"), "checkpoints and states go into a folder of it", type=place, of_machine=True)
     log_dir: Path = flag(Path("log"), "logs go here", type=place, of_machine=True)
     save_interval: int = flag(10, "epochs between checkpoints; the last is saved always", type=whole(1), decides=False)
@@ -167,34 +176,53 @@ class Settings:
             train_dir=self.train_dir or self.data_dir / "pristine_images",
             cache_dir=None if self.no_cache else self.cache_dir or self.data_dir / "cache")
 
+    @classmethod
+    def flags(cls) -> list[Field]:
+        """Return the settings as fields that say how each is read."""
+        return [each for each in fields(cls) if each.name not in cls.without]
+
+    def described(
+        self,
+        net: nn.Module,
+        before: int,  # iterations of the run that this one decays from
+    ) -> list[tuple[str, str]]:
+        """Return the lines of a training's opening that are about its network, with their titles."""
+        source = f"{self.decay_from} after {before} iterations" if self.decay_from else self.base_model
+        return [
+            ("network", f"{sum(parameter.numel() for parameter in net.parameters()):,} parameters, widths "
+                        f"{' and '.join(map(str, net.config.block_out_channels))}, T = {self.step_number}, from "
+                        f"{source}"),
+            ("operator", f"ratio {self.cs_ratio}, block size {self.block_size}")]
+
     def shared(self) -> dict[str, str]:
         """Return what all processes must be given alike, as text by name."""
-        return {each.name: str(getattr(self, each.name)) for each in fields(self) if not each.metadata["of_machine"]}
+        return {each.name: str(getattr(self, each.name)) for each in self.flags() if not each.metadata["of_machine"]}
 
     def deciding(self) -> dict[str, str | int | float | None]:
         """Return all that decides what the weights will be, by name, in values that a state can hold."""
-        names = [each.name for each in fields(self) if each.metadata["decides"]]
+        names = [each.name for each in self.flags() if each.metadata["decides"]]
         names += ["epoch"] if self.lr_schedule in ("cosine", "linear") else []
         return {name: storable(getattr(self, name)) for name in names}
 
 
-def parse_settings(description: str) -> Settings:
-    """Read the command line.
+def parse_settings(description: str, kind: type[Settings] = Settings) -> Settings:
+    """Read the command line as settings of this kind.
 
     Raises:
         UserError: for flags that there are not, and values that they do not take.
     """
     parser = Parser(description)
-    for each in fields(Settings):
+    for each in kind.flags():
         parser.add_argument(f"--{each.name}", default=each.default, **each.metadata["flag"])
-    return Settings(**vars(parser.parse_args())).completed()
+    return kind(**vars(parser.parse_args())).completed()
 
 
 def storable(value: Any) -> str | int | float | None:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path,
+                        kind: type[Settings] = Settings) -> None:
     """Refuse to continue a run with settings that would give another result.
 
     A setting that a state does not name, as those written before there was such a setting, had its default.
@@ -202,7 +230,7 @@ def check_configuration(saved: dict[str, Any], now: dict[str, Any], folder: Path
     Raises:
         UserError: that lists every difference.
     """
-    defaults = {each.name: storable(each.default) for each in fields(Settings)}
+    defaults = {each.name: storable(each.default) for each in kind.flags()}
     saved, now = {**defaults, **saved}, {**defaults, **now}
     differences = [f"{name} was {saved.get(name)}, is {now.get(name)}"
                    for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name)]

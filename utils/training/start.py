@@ -1,11 +1,13 @@
 """How a training run begins, or is taken up again from the state in its folder."""
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from model import IDM, WeightsError
 from model.checkpoint import meant
@@ -31,9 +33,13 @@ from utils.training.state import (
     seed_all,
 )
 
+# Builds the network that settings describe or, where it is not None, the configuration in a state.
+Builder = Callable[[Settings, Process, dict[str, Any] | None], nn.Module]
 
-def open_run(settings: Settings, process: Process) -> tuple[Run, dict[str, Any] | None]:
-    """Read the pictures; build the network, or take up the run that is in the folder.
+
+def open_run(settings: Settings, process: Process, build: Builder | None = None,
+             ) -> tuple[Run, dict[str, Any] | None]:
+    """Read the pictures; build the network, IDM if not told how, or take up the run that is in the folder.
 
     Returns the run, and the record of its last epoch where the tests after that are still to be done.
     """
@@ -53,7 +59,7 @@ def open_run(settings: Settings, process: Process) -> tuple[Run, dict[str, Any] 
     elif settings.decay_from:
         state, more = state_to_decay(settings, process)
         notes += more
-    run = build_run(settings, process, crops, state)
+    run = build_run(settings, process, crops, state, build or build_idm)
     run.testset, run.lock = testset, lock
     if process.is_main:
         run.log = TrainingLog(settings.log_dir, settings.name, run.progress.iteration)
@@ -136,7 +142,7 @@ def check_state(state: TrainingState, now: dict[str, Any], settings: Settings, p
     before = state.processes * saved["accumulate"]
     if before == batches:  # shared out in another way, but the same iteration
         saved["accumulate"] = now["accumulate"]
-    check_configuration(saved, now, settings.folder)
+    check_configuration(saved, now, settings.folder, type(settings))
     if state.processes == process.world_size:
         return []
     return [f"{state.processes} process(es) wrote the state, {process.world_size} go on; an iteration was "
@@ -145,6 +151,8 @@ def check_state(state: TrainingState, now: dict[str, Any], settings: Settings, p
 
 def open_testset(settings: Settings, process: Process) -> tuple[list[Picture], list[str]]:
     """The pictures to test on, none where a machine has no such set; and what there is to say about it."""
+    if settings.testset_name is None:
+        return [], []
     problem = "another machine has not the pictures"
     try:
         pictures = load_testset(settings.testset_name, settings.data_dir)
@@ -163,18 +171,14 @@ def open_crops(settings: Settings, process: Process) -> TrainingCrops:
     return crops
 
 
-def build_run(settings: Settings, process: Process, crops: TrainingCrops, state: TrainingState | None) -> Run:
+def build_run(settings: Settings, process: Process, crops: TrainingCrops, state: TrainingState | None,
+              build: Builder) -> Run:
     """Build the network, its average and the optimizer, as a state has them where there is one."""
-    net = IDM(**state.network) if state else build_network(settings, process)
-    if (steps := net.config.num_steps) != settings.step_number:
-        source = settings.decay_from or settings.base_model
-        raise UserError(f"{source} takes {steps} steps; use --step_number {steps}")
-    if settings.patch_size % (multiple := math.lcm(settings.block_size, net.size_multiple)):
-        raise UserError(f"--patch_size must be a multiple of {multiple} here, not {settings.patch_size}")
+    net = build(settings, process, state and state.network)
     if state:
         net.load_state_dict(state.model)
     with memory_suffices(f"for the network on {process.device}; choose another --device"):
-        net.to(process.device).invertible = settings.invertible
+        net.to(process.device)
         ema = deepcopy(net).requires_grad_(False).eval() if settings.ema else None
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True)
     scaler = torch.amp.GradScaler(process.device.type, enabled=settings.precision == "fp16")
@@ -188,6 +192,18 @@ def build_run(settings: Settings, process: Process, crops: TrainingCrops, state:
     if process.rank < len(state.random):
         restore_random_states(state.random[process.rank])
     return Run(settings, process, crops, net, ema, optimizer, scaler, state.progress)
+
+
+def build_idm(settings: Settings, process: Process, config: dict[str, Any] | None) -> IDM:
+    """IDM as a state has it, or before training, for crops that it takes."""
+    net = IDM(**config) if config else build_network(settings, process)
+    if (steps := net.config.num_steps) != settings.step_number:
+        source = settings.decay_from or settings.base_model
+        raise UserError(f"{source} takes {steps} steps; use --step_number {steps}")
+    if settings.patch_size % (multiple := math.lcm(settings.block_size, net.size_multiple)):
+        raise UserError(f"--patch_size must be a multiple of {multiple} here, not {settings.patch_size}")
+    net.invertible = settings.invertible
+    return net
 
 
 def build_network(settings: Settings, process: Process) -> IDM:
