@@ -1,4 +1,4 @@
-"""README's picture: a photograph, what the camera keeps of it, what that gives back by itself, reconstructions by IDM.
+"""README's picture: photographs, what their measurements give back by themselves, reconstructions, and details of all.
 
     python benchmarks/teaser.py --out figs/teaser.png
 """
@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import IDM, BlockCompressedSensing, WeightsError  # noqa: E402
+from model import IDM, WeightsError  # noqa: E402
 from utils.comparison.published import RATIOS  # noqa: E402
 from utils.data.images import in_8_bits  # noqa: E402
 from utils.data.testsets import Picture, load_testset  # noqa: E402
@@ -25,7 +25,9 @@ from utils.flags import Parser  # noqa: E402
 from utils.measurement import Measurement  # noqa: E402
 
 WEIGHTS = ROOT / "weight" / "compact"
-CAPTION = 26  # pixels
+CAPTION, GAP = 26, 4  # pixels
+DETAIL, ENLARGED = 128, 4  # height of the enlarged detail in pixels, and how many times it is enlarged
+DETAILS = {"chelsea": (70, 30), "coffee": (196, 160)}  # top left corner of a picture's detail; of others the middle
 
 
 def main() -> None:
@@ -43,37 +45,36 @@ def draw(path: Path, names: Sequence[str] = ("chelsea", "coffee"), weights: Path
     samples = {picture.name: picture for picture in load_testset("Samples")}
     if unknown := [name for name in names if name not in samples]:
         raise UserError(f"the Samples have no picture {listed(unknown)}; they have {listed(samples, len(samples))}")
-    _, png = cv2.imencode(".png", np.concatenate([row(net, samples[name]) for name in names], axis=0))
+    _, png = cv2.imencode(".png", np.concatenate(
+        [row(net, samples[name], DETAILS.get(name, (112, 96))) for name in names]))
     write_atomic(path, png.tobytes())
 
 
-def row(net: IDM, picture: Picture) -> np.ndarray:
-    """(H + caption, 6 W, 3) uint8, BGR."""
-    measured = []
+def row(net: IDM, picture: Picture, detail: tuple[int, int]) -> np.ndarray:
+    """Return the pictures above, their details and captions below: (H + DETAIL + CAPTION, 5 W, 3) uint8, BGR."""
+    def at(ratio: float) -> Protocol:
+        return Protocol(Measurement().with_settings(cs_ratio=ratio))
 
-    def back_project(y: torch.Tensor, operator: BlockCompressedSensing) -> torch.Tensor:
-        measured.append(y)
-        return operator.A_adjoint(y)
-
-    (back,) = evaluate(back_project, [picture], Protocol(Measurement().with_settings(cs_ratio=RATIOS[0])))
-    tiles = [caption(colour(picture, picture.luminance), "photograph"),
-             caption(numbers(measured[0].flatten().numpy(), picture.luminance.shape), "what the camera keeps at 10 %"),
-             caption(grey(back.reconstruction), f"A'y at 10 %: {back.psnr:.2f} dB")]
+    (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], at(RATIOS[0]))
+    tiles = [tile(colour(picture, picture.luminance), detail, "photograph"),
+             tile(grey(back.reconstruction), detail, f"back-projection, 10 %: {back.psnr:.2f} dB")]
     for ratio in RATIOS:
-        (result,) = evaluate(net, [picture], Protocol(Measurement().with_settings(cs_ratio=ratio)))
-        label = f"compact IDM, {100 * ratio:g} %: {result.psnr:.2f} dB"
-        tiles.append(caption(colour(picture, result.reconstruction), label))
+        (result,) = evaluate(net, [picture], at(ratio))
+        tiles.append(tile(colour(picture, result.reconstruction), detail,
+                          f"IDM from {100 * ratio:g} %: {result.psnr:.2f} dB"))
     return np.concatenate(tiles, axis=1)
 
 
-def numbers(y: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Measurements as a square of pixels, black at -3 σ and white at 3 σ, in the middle of a white (H, W, 3) tile."""
-    side = int(len(y) ** 0.5)
-    levels = np.clip(127.5 * (1 + y[:side**2].reshape(side, side) / (3 * y.std())), 0, 255)
-    tile = np.full(shape, 255.0)
-    top, left = ((length - side) // 2 for length in shape)
-    tile[top:top + side, left:left + side] = levels
-    return grey(tile)
+def tile(image: np.ndarray, detail: tuple[int, int], text: str) -> np.ndarray:
+    """Return an image (H, W, 3) with a frame around the detail whose top left corner is given, and that enlarged."""
+    (top, left), width = detail, image.shape[1]
+    height, length = DETAIL // ENLARGED, width // ENLARGED
+    large = np.repeat(np.repeat(image[top:top + height, left:left + length], ENLARGED, 0), ENLARGED, 1)
+    framed = cv2.rectangle(image.copy(), (left - 1, top - 1), (left + length, top + height), (255, 255, 255), 1)
+    strip = np.full((CAPTION, width, 3), 255, np.uint8)
+    cv2.putText(strip, text, (4, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+    stacked = np.concatenate((framed, np.full((GAP, width, 3), 255, np.uint8), large, strip))
+    return np.pad(stacked, ((0, 0), (0, GAP), (0, 0)), constant_values=255)
 
 
 def grey(luminance: np.ndarray) -> np.ndarray:
@@ -88,12 +89,6 @@ def colour(picture: Picture, luminance: np.ndarray) -> np.ndarray:
     ycrcb = picture.ycrcb.copy()
     ycrcb[..., 0] = in_8_bits(luminance)
     return cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2BGR)
-
-
-def caption(tile: np.ndarray, text: str) -> np.ndarray:
-    strip = np.full((CAPTION, tile.shape[1], 3), 255, np.uint8)
-    cv2.putText(strip, text, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate((tile, strip), axis=0)
 
 
 if __name__ == "__main__":
