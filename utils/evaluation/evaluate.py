@@ -160,7 +160,8 @@ def _evaluate(net: Network, jobs: list[list[Picture]], protocol: Protocol, devic
         for picture, found in zip(batch, x_hat, strict=True):
             truth = picture.luminance
             found = found[:truth.shape[0], :truth.shape[1]]
-            scores = {name: metric(truth, found) for name, metric in metrics.items()}
+            with torch.no_grad():  # some metrics are networks
+                scores = {name: metric(truth, found) for name, metric in metrics.items()}
             yield Result(picture.name, {name: score for name, score in scores.items() if score is not None},
                          seconds / len(batch), measured / truth.size, found)
 

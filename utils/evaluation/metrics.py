@@ -3,9 +3,12 @@
 Y is OpenCV's full-range BT.601 luminance; no border is cropped. METRICS in `utils.evaluation` holds all by name.
 """
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 SSIM_WINDOW = 7  # scikit-image's default
 
@@ -21,7 +24,7 @@ class Metric:
     unit = ""
     digits = 4  # after the point, in tables
 
-    def __init__(self, device: torch.device | str = "cpu"):
+    def __init__(self, device: "torch.device | str" = "cpu"):
         """Prepare to compute on `device`; raise UserError where what is needed is not installed."""
 
     def __call__(

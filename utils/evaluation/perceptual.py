@@ -6,14 +6,16 @@ Both compare the Y channel, repeated for the three colours that their networks e
 import importlib
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from utils.data.images import in_8_bits
 from utils.errors import UserError, first_line
 from utils.evaluation.metrics import Metric
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torchmetrics", "torchvision", "torch_fidelity")
 WEIGHTS = {  # where PyTorch's hub keeps downloaded files, and what those who publish them call them
@@ -31,19 +33,18 @@ class Lpips(Metric):
 
     label, higher_is_better = "LPIPS", False
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: "torch.device"):
         _weights("lpips")
         module = _package("torchmetrics.image.lpip")
         self.metric = module.LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(device)
         self.device = device
 
-    @torch.no_grad()
     def __call__(self, truth: np.ndarray, reconstruction: np.ndarray) -> float:
         """Of uint8 luminance (H, W) and its float reconstruction in [0, 255]; nan where that holds one, or is tiny."""
         if min(truth.shape) < LPIPS_LEAST_SIDE or not np.isfinite(reconstruction).all():
             return math.nan
         pair = (_three_channels(picture).to(self.device) / 255 for picture in (truth, reconstruction))
-        return float(self.metric.forward(*pair))
+        return float(self.metric.forward(*pair).detach())
 
 
 class Fid(Metric):
@@ -55,17 +56,16 @@ class Fid(Metric):
 
     label, higher_is_better = "FID", False
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: "torch.device"):
         path = _weights("fid")
         module = _package("torchmetrics.image.fid")
         self.metric = module.FrechetInceptionDistance(feature_extractor_weights_path=str(path)).to(device)
         self.device = device
 
-    @torch.no_grad()
     def __call__(self, truth: np.ndarray, reconstruction: np.ndarray) -> None:
         """Take in a picture, uint8 (H, W), and its float reconstruction in [0, 255], rounded as it would be written."""
         for picture, real in ((truth, True), (in_8_bits(reconstruction), False)):
-            self.metric.update(_three_channels(picture).to(self.device, torch.uint8), real=real)
+            self.metric.update(_three_channels(picture).to(self.device).byte(), real=real)
 
     def of_set(self, scores: list[float]) -> float:
         """Return the distance over all processes; nan for fewer than two pictures. What comes next is counted anew."""
@@ -77,11 +77,15 @@ class Fid(Metric):
             self.metric.reset()
 
 
-def _three_channels(picture: np.ndarray) -> Tensor:
+def _three_channels(picture: np.ndarray) -> "torch.Tensor":
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(picture)).float().expand(1, 3, *picture.shape)
 
 
 def _weights(metric: str) -> Path:
+    import torch  # not at the top: programs that only list the metrics need no second more
+
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS[metric].rpartition("/")[2]
     if not path.exists():
         raise UserError(f"--metrics {metric} needs weights that are not here: put {WEIGHTS[metric]} to {path}")
