@@ -1,10 +1,14 @@
 """Pictures of every kind in, reconstructions out. Expected numbers come from Pillow and from closed forms."""
 import os
+import struct
 import sys
+import zlib
 
 import cv2
 import numpy as np
 import pytest
+import skimage.data
+import tifffile
 import torch
 from PIL import Image
 
@@ -96,6 +100,87 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, capfd, colours, suffix, p
     assert capfd.readouterr().err == ""  # nothing of OpenCV's beside the message
 
 
+def photograph() -> Image.Image:
+    return Image.fromarray(skimage.data.chelsea()[:200, :300])
+
+
+@pytest.mark.parametrize("damage", ["a bit flipped", "a run of zeros"])
+def test_a_deflate_tiff_with_any_bit_flipped_is_refused(tmp_path, damage):
+    photograph().save(tmp_path / "a.tif", compression="tiff_adobe_deflate")
+    intact, rng = (tmp_path / "a.tif").read_bytes(), np.random.default_rng(0)
+    read_picture(tmp_path / "a.tif")
+    for at in rng.integers(500, len(intact) - 500, 40):
+        damaged = bytearray(intact)
+        damaged[at:at + 100] = bytes(100)
+        if damage == "a bit flipped":
+            damaged = intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1:]
+        (tmp_path / "a.tif").write_bytes(damaged)
+        with pytest.raises(UserError, match="a.tif: it is damaged"):
+            read_picture(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("name, options, kept", [("a.tif", {"compression": "tiff_lzw"}, bytes(300)),
+                                                 ("a.jpg", {"quality": 90}, b""),
+                                                 ("a.jpeg", {"quality": 90, "progressive": True}, b"")])
+def test_what_a_decoder_only_warns_of_is_refused(tmp_path, name, options, kept):
+    """Files that have neither a checksum nor a wrong end; in their middle, bytes are zeros or missing."""
+    photograph().save(tmp_path / name, **options)
+    intact = (tmp_path / name).read_bytes()
+    read_picture(tmp_path / name)
+    for at in range(6000, 16000, 2500):
+        (tmp_path / name).write_bytes(intact[:at] + kept + intact[at + 300:])
+        with pytest.raises(UserError, match=f"{name}: it is damaged"):
+            read_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_16_bit_tiffs_whose_zero_is_white_and_transparent_ones(tmp_path, big):
+    values = np.linspace(0, 65535, 48, dtype=np.uint16).reshape(6, 8)
+    for photometric, expected in (("miniswhite", 65535 - values), ("minisblack", values)):
+        for depth in (16, 8):
+            stored = values if depth == 16 else (values >> 8).astype(np.uint8)
+            tifffile.imwrite(tmp_path / "a.tif", stored, photometric=photometric, bigtiff=big)
+            error = np.abs(read_picture(tmp_path / "a.tif")[0] - expected / 257)
+            assert error.max() <= (0.5 if depth == 16 else 1)
+    rgba = np.full((6, 8, 4), 128, np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", rgba, photometric="rgb", extrasamples=["unassalpha"], bigtiff=big)
+    with pytest.raises(UserError, match="OpenCV would darken it"):
+        read_picture(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("most", [255, 1023, 4095])
+def test_few_bits_in_16_are_not_taken_for_black(tmp_path, most):
+    values = np.linspace(0, most, 48, dtype=np.uint16).reshape(6, 8)
+    cv2.imwrite(str(tmp_path / "a.png"), values)
+    with pytest.raises(UserError, match=f"16-bit samples reach only {most}; scale them to 65535, or save it with 8"):
+        read_picture(tmp_path / "a.png")
+    (tmp_path / "a.pgm").write_bytes(b"P5\n# by a camera\n8 6\n%d\n" % (most - 1) + values.astype(">u2").tobytes())
+    with pytest.raises(UserError, match=f"its white is {most - 1}, not 255 or 65535"):
+        read_picture(tmp_path / "a.pgm")
+
+
+def test_formats_beyond_the_usual_are_neither_passed_over_nor_misread(tmp_path):
+    expected = bt601(np.asarray(photograph(), float))
+    for name, options, most in (("a.webp", {"lossless": True}, 0.51), ("b.jp2", {}, 0.51), ("c.ppm", {}, 0.51),
+                                ("d.pgm", {}, 1), ("e.jfif", {"quality": 95}, 40)):
+        (photograph().convert("L") if name == "d.pgm" else photograph()).save(tmp_path / name, **options)
+        assert np.abs(read_picture(tmp_path / name)[0] - expected).max() <= most
+    assert len(list_pictures(tmp_path)) == 5
+
+
+def test_an_enormous_picture_is_refused_by_its_header(tmp_path, monkeypatch):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    monkeypatch.setattr("cv2.imdecode", lambda *_: pytest.fail("it was decoded"))
+    for side in (8193, 10000, 30000):
+        header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                         + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+        with pytest.raises(UserError, match="a.png: it has more than 67,108,864 pixels"):
+            read_picture(tmp_path / "a.png")
+
+
 def test_what_is_no_picture_is_refused_by_name(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "folder.png").mkdir()
@@ -113,6 +198,15 @@ def test_pictures_are_listed_by_suffix_and_sorted(tmp_path):
     assert [path.name for path in list_pictures(tmp_path)] == ["a.tif", "b.PNG", "c.JpEg"]
     with pytest.raises(UserError, match="nowhere"):
         list_pictures(tmp_path / "nowhere")
+
+
+def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path):
+    for name in ("café\u202f1.png", "a\x1b[31m.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_pictures(tmp_path)] == ["café\u202f1.png"]
+    (tmp_path / "a\x1b[31m.png").touch()
+    with pytest.raises(UserError, match=r"picture a\\x1b\[31m.png in .* has control characters; rename it"):
+        list_pictures(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")

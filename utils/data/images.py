@@ -1,13 +1,21 @@
-"""Pictures in and out: reading into luminance and colour, writing reconstructions, padding (paper, section 4.1)."""
+"""Pictures in and out: reading into luminance and colour, writing reconstructions, padding (paper, section 4.1).
+
+OpenCV decodes. What it would decode wrongly, or although it is damaged, is found out with Pillow and simplejpeg.
+"""
+import io
 import os
 import re
 import stat
+import warnings
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError, first_line
 from utils.files import write_atomic
@@ -17,12 +25,12 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".pgm", ".ppm", ".pnm",
             ".pbm")
-# Of a file that starts so, what a whole one also holds: some decoders fill in what a truncated file lacks.
-_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
-_TIFF = (b"II*\0", b"MM\0*")
+MAX_PIXELS = 1 << 26  # of a picture: 8192 x 8192
+_NOT_UTF8, _CONTROL = re.compile("[\ud800-\udfff]"), re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-# OpenCV's own complaints would stand beside the one sentence that the user gets.
+# The libraries' own complaints would stand beside the one sentence that the user gets.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def is_picture_name(name: str) -> bool:
@@ -35,7 +43,7 @@ def list_pictures(folder: str | os.PathLike) -> list[Path]:
 
     A link to a file that is not there is listed as well, that it be missed by whoever reads it.
 
-    Raises UserError where the folder cannot be listed, or a picture's name is not valid UTF-8.
+    Raises UserError where the folder cannot be listed, or a picture's name cannot be printed.
     """
     try:
         paths = sorted(path for path in Path(folder).iterdir()
@@ -43,11 +51,10 @@ def list_pictures(folder: str | os.PathLike) -> list[Path]:
     except OSError as error:
         raise UserError(f"cannot list {folder}: {first_line(error)}") from error
     for path in paths:
-        try:
-            path.name.encode()
-        except UnicodeEncodeError as error:
-            shown = os.fsencode(path.name).decode(errors="backslashreplace")
-            raise UserError(f"the name of the picture {shown} in {folder} is not valid UTF-8; rename it") from error
+        for wrong, what in ((_NOT_UTF8, "is not valid UTF-8"), (_CONTROL, "has control characters")):
+            if wrong.search(path.name):
+                shown = wrong.sub(lambda found: ascii(os.fsencode(found[0]))[2:-1], path.name)
+                raise UserError(f"the name of the picture {shown} in {folder} {what}; rename it")
     return paths
 
 
@@ -93,29 +100,87 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     """Read a picture of any kind OpenCV knows, with 8 or 16 bits a sample; alpha is dropped, 16 bits become 8.
 
     Returns luminance, uint8 (H, W), and YCrCb, uint8 (H, W, 3), or None for a grey picture.
-    Raises UserError where the file is missing, no picture, or cut short, or a TIFF of 8 bits that is transparent.
+
+    Raises UserError where the file is missing, no picture, damaged as far as its format can tell (uncompressed files
+    have no checksum, nor has LZW), of more than MAX_PIXELS, or of a kind of which the right values are not known.
     """
     try:
-        data = np.fromfile(path, np.uint8)  # not cv2.imread, which cannot open every non-ASCII path
+        content = Path(path).read_bytes()  # not cv2.imread, which cannot open every non-ASCII path
     except OSError as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
-    pixels = _decode(data)
-    if pixels is None:
-        raise UserError(f"cannot read {path}: it is damaged or not a picture")
-    if pixels.ndim == 3 and data[:4].tobytes() in _TIFF and _transparent(cv2.imdecode(data, cv2.IMREAD_UNCHANGED)):
-        raise UserError(f"cannot read {path}: OpenCV would darken it where it is transparent; save it without alpha")
-    if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded
-    if pixels.dtype != np.uint8:
-        raise UserError(f"cannot read {path}: its samples are {pixels.dtype}; save it with 8 or 16 bits")
+    try:
+        pixels = _decode(content)
+    except _Unsuitable as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # what a damaged file can raise is not written down anywhere
+        raise UserError(f"cannot read {path}: it is damaged or not a picture ({first_line(error)})") from error
     if pixels.ndim == 2:
         return pixels, None
     ycrcb = cv2.cvtColor(pixels, cv2.COLOR_BGR2YCrCb)
     return ycrcb[..., 0].copy(), ycrcb
 
 
-def _transparent(pixels: np.ndarray) -> bool:
-    return pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 4 and bool((pixels[..., 3] < 255).any())
+class _Unsuitable(Exception):
+    """A picture that is intact, and yet cannot be read."""
+
+
+def _decode(content: bytes) -> np.ndarray:
+    """Return grey (H, W) or BGR (H, W, 3) pixels, uint8, turned as EXIF says."""
+    white_is_zero = _check(content)
+    data = np.frombuffer(content, np.uint8)
+    pixels = cv2.imdecode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    if pixels is None:
+        raise ValueError("OpenCV cannot decode it")
+    if pixels.dtype == np.uint16:
+        pixels = ~pixels if white_is_zero else pixels
+        if 0 < (most := pixels.max()) < 4096:
+            raise _Unsuitable(f"its 16-bit samples reach only {most}; scale them to 65535, or save it with 8 bits")
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 * 257, rounded
+    if pixels.dtype != np.uint8:
+        raise _Unsuitable(f"its samples are {pixels.dtype}; save it with 8 or 16 bits")
+    return pixels
+
+
+def _check(content: bytes) -> bool:
+    """Raise an exception for what OpenCV would accept and should not; return whether the values of a TIFF are inverted.
+
+    OpenCV inverts those with 8 bits itself.
+    """
+    try:
+        picture = Image.open(io.BytesIO(content))  # reads the header alone
+        too_large = picture.width * picture.height > MAX_PIXELS
+    except UnidentifiedImageError:  # as kinds of TIFF that OpenCV alone knows
+        return False
+    except Image.DecompressionBombError:
+        too_large = True
+    if too_large:
+        raise _Unsuitable(f"it has more than {MAX_PIXELS:,} pixels")
+    with picture:
+        if picture.format in ("JPEG", "MPO"):
+            simplejpeg.decode_jpeg(content, "GRAY", strict=True)  # what libjpeg warns of is an error
+        if picture.format == "PNG" and b"IEND" not in content:
+            raise ValueError("it is cut short")
+        if content[:2] in (b"P2", b"P3", b"P5", b"P6"):
+            white = re.sub(rb"#[^\n]*", b"", content[:1000]).split()[3]
+            if white not in (b"255", b"65535"):
+                raise _Unsuitable(f"its white is {white.decode()}, not 255 or 65535; save it with 8 or 16 bits")
+        if picture.format != "TIFF":
+            return False
+        _check_tiff(picture, content)
+        return picture.tag_v2.get(262) == 0
+
+
+def _check_tiff(picture: Image.Image, content: bytes) -> None:
+    tags = picture.tag_v2
+    if tags.get(259) in (8, 32946):  # deflate: libtiff does not look at the checksum of each strip or tile
+        for start, length in zip(tags.get(273) or tags.get(324), tags.get(279) or tags.get(325), strict=True):
+            stream = zlib.decompressobj()
+            stream.decompress(content[start:start + length], 8 * MAX_PIXELS)
+            if not stream.eof:
+                raise ValueError("a strip of it is cut short")
+    picture.load()  # raises what libtiff calls an error, and OpenCV passes over
+    if picture.mode == "RGBA" and 8 in tags.get(258, ()) and picture.getextrema()[3][0] < 255:
+        raise _Unsuitable("OpenCV would darken it where it is transparent; save it without alpha")
 
 
 def in_8_bits(luminance: np.ndarray) -> np.ndarray:
@@ -156,14 +221,3 @@ def pad_to_multiple(x: "Tensor", multiple: int) -> "Tensor":
 
     height, width = x.shape[-2:]
     return pad(x, (0, -width % multiple, 0, -height % multiple))
-
-
-def _decode(data: np.ndarray) -> np.ndarray | None:
-    """Grey (H, W) or BGR (H, W, 3) pixels of any depth, turned as EXIF says; None where they cannot be decoded."""
-    content = data.tobytes()
-    if any(content.startswith(start) and end not in content for start, end in _ENDS.items()):
-        return None
-    try:
-        return cv2.imdecode(data, cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error:  # an empty file, or more pixels than OpenCV takes
-        return None

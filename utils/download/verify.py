@@ -19,11 +19,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.data.images import is_picture_name
+from utils.data.images import MAX_PIXELS, is_picture_name
 from utils.errors import first_line, listed
 
 CHECKSUMS = json.loads(Path(__file__).with_name("checksums.json").read_text(encoding="utf-8"))
-MAX_PIXELS = 1 << 26  # of a picture worth decoding; DIV2K's originals have 2^22
 WATERLOO = 4744  # pictures
 
 Known = dict[str, dict]  # {file: its entry in checksums.json}
