@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import machine, save_results  # noqa: E402
 from benchmarks.memory import FollowTensors  # noqa: E402
 from model import IDM, BlockCompressedSensing, feed_forward  # noqa: E402
+from model.attention import SelfAttention  # noqa: E402
 from utils import errors  # noqa: E402
 from utils.devices import computing_in  # noqa: E402
 from utils.evaluation.speed import compile_blocks, half_precisions  # noqa: E402
@@ -160,9 +161,9 @@ def operations(width: int, size: Size) -> tuple[float, float]:
     with FakeTensorMode():
         net, operator = network(width, "cpu", plain=True), operator_for(1, size, "cpu")
         for module in net.modules():
-            if type(module).__name__ == "Attention" and hasattr(module, "to_q"):
+            if isinstance(module, SelfAttention):
                 module.register_forward_pre_hook(
-                    lambda module, inputs: places.append(inputs[0].shape[1] ** 2 * module.to_q.out_features))
+                    lambda module, inputs: places.append(inputs[0].shape[1] * inputs[0].numel()))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(operator.A(torch.rand(1, 1, *size)), operator)
     attention = 4 * sum(places)  # two products of places × places × channels; the counter knows not every kernel of it

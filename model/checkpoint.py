@@ -3,9 +3,9 @@
 The published format is a pickled state_dict that holds every module of a chain twice, under its own name and under the
 chain's: unet.down_blocks.0.resnets.1.… and unet.down_blocks.0.rev_module_lists.1.0.body.… are the same numbers.
 """
+import inspect
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .injector import Injector
 from .reversible import ReversibleChain
-from .unet import Attention, DownBlock, Resnet, UpBlock
+from .settings import for_both
+from .unet import Attention, DownBlock, Residual, Resnet, UpBlock, bodies_of
 from .weight_files import (
     State,
     WeightsError,
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 DEFAULT_HEADS = 8  # neither attention heads nor groups leave a trace in the weights; these are Stable Diffusion v1.5's
 NORM_GROUPS = 32
+OFFICIAL_SETTINGS = {  # that a published checkpoint does not tell
+    "num_attention_heads": DEFAULT_HEADS, "norm_groups": NORM_GROUPS, "coupling": "weighted", "schedule": "learned",
+    "attention": (True, True), "attention_window": (None, None)}
 
 # --- names ---------------------------------------------------------------------------------------------------------
 
@@ -65,11 +69,13 @@ def official_names(net: "IDM") -> Iterator[tuple[str, nn.Parameter]]:
 
 def base_names(net: "IDM") -> Iterator[tuple[str, nn.Parameter]]:
     """(name in diffusers' UNet2DConditionModel, parameter) of all that Stable Diffusion has too."""
-    for name, parameter in official_names(net):
-        if name.startswith("unet.") and not re.search(r"scale_factor|injectors|rev_module_list", name):
-            name = name.removeprefix("unet.")
-            # Our two up blocks are the last two of Stable Diffusion's four.
-            yield re.sub(r"^up_blocks\.(\d)", lambda m: f"up_blocks.{int(m[1]) + 2}", name), parameter
+    unet = net.unet
+    for name in ("conv_in", "conv_norm_out", "conv_out"):
+        yield from _under(name, getattr(unet, name))
+    blocks = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
+    blocks |= {f"up_blocks.{i + 2}": block for i, block in enumerate(unet.up_blocks)}  # the last two of four
+    for prefix, block in blocks.items():
+        yield from ((name, parameter) for name, parameter in _block_names(prefix, block) if "injectors" not in name)
 
 
 def _under(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -91,7 +97,8 @@ def _block_names(prefix: str, block: DownBlock | UpBlock) -> Iterator[tuple[str,
     """What a block holds, under the names it has outside its chains; in published order."""
     down = isinstance(block, DownBlock)
     chains = block.chains if down else [block.chain]
-    bodies = [block.entry, *(coupling.body for chain in chains for coupling in chain)]
+    bodies = [block.entry, *(body.body if isinstance(body, Residual) else body
+                             for chain in chains for coupling in chain for body in bodies_of(coupling))]
 
     def numbered(kind: str, cls: type[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
         for i, body in enumerate(body for body in bodies if isinstance(body, cls)):
@@ -143,6 +150,16 @@ def official_config(state: State, path: Path) -> dict[str, Any]:
     }
 
 
+def unofficial_settings(config: Mapping[str, Any]) -> str:
+    """Return which settings the published format means, and those of `config`; empty where they are the same."""
+    differences = []
+    for name, published in OFFICIAL_SETTINGS.items():
+        own = for_both(config[name], name) if isinstance(published, tuple) else config[name]
+        if own != published:
+            differences.append(f"{name} {published}, not {own}")
+    return ", ".join(differences)
+
+
 def load_official(net: "IDM", state: State, source: str | Path) -> None:
     """Copy a published state_dict into `net`; raises WeightsError naming what does not fit, and then copies nothing."""
     _load(net, official_names, state, source)
@@ -171,22 +188,42 @@ def read_pretrained(cls: type["IDM"], folder: Path, file: Path | None = None) ->
     return net.eval()
 
 
+def build(cls: type["IDM"], config: Mapping[str, Any], source: str | Path) -> "IDM":
+    """Return the network that a config describes, with fresh weights.
+
+    A setting that this version does not know is refused: without it the network would not be what was trained.
+
+    Raises:
+        WeightsError: that names the config's source.
+    """
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    if unknown := config.keys() - inspect.signature(cls.__init__).parameters.keys():
+        raise WeightsError(f"{source} describes no {cls.__name__} of this version, which does not know "
+                           f"{', '.join(sorted(map(str, unknown)))}")
+    try:
+        return cls(**config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # RuntimeError: sizes that overflow
+        raise WeightsError(f"{source} describes no {cls.__name__}: {first_line(error)}") from error
+
+
 # --- base models ---------------------------------------------------------------------------------------------------
 
-def build_on_unet(cls: type["IDM"], source: str | Path, num_steps: int) -> "IDM":
+def build_on_unet(cls: type["IDM"], source: str | Path, num_steps: int, **others: Any) -> "IDM":
     """Return a network that has what Stable Diffusion's U-Net has; what is beyond it has its initial values.
 
     Args:
         source: a local folder (of a pipeline, of its U-Net, or of the hub's cache), a local file (.safetensors, or
             .ckpt and .bin, which are pickles and are read without running code), or a hub id, of which only the U-Net
             is fetched.
+        num_steps: T.
+        others: further arguments of `IDM`.
 
     Raises:
         WeightsError: where the source is missing, or holds no U-Net that an IDM can be cut from.
     """
     state, heads = read_base_unet(source)
     config = {"block_out_channels": widths(state, source), "num_steps": num_steps, "shuffle": shuffle(state, source),
-              "num_attention_heads": heads}
+              "num_attention_heads": heads, **others}
     with torch.device("meta"):
         names = list(base_names(cls(**config)))
     state = {name: state[name] for name, _ in names if name in state}  # of what is cut away, nothing is asked
@@ -246,11 +283,8 @@ def _without_values(cls: type["IDM"], config: dict[str, Any], state: State, sour
     steps = config.get("num_steps")
     if isinstance(steps, int) and 4 * steps > len(state):  # two convolutions of each injector
         raise WeightsError(f"{source} does not fit: {steps} sampling steps have more weights than {len(state)} tensors")
-    try:
-        with torch.device("meta"):
-            return cls.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:  # RuntimeError: sizes that overflow
-        raise WeightsError(f"{source} describes no {cls.__name__}: {first_line(error)}") from error
+    with torch.device("meta"):
+        return build(cls, config, source)
 
 
 def _entry(state: State, key: str, dimensions: int, source: str | Path) -> Tensor:

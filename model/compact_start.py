@@ -4,24 +4,55 @@ The features of the first scale hold images, which run unchanged from end to end
 and notes.  Each injector forms the image x₀ that x̂_t and ε stand for, and corrects ε by what A x₀ lacks of y.  The last
 layer of every residual branch is zero, so that the network returns about Aᵀy, and training adds to this what is unseen.
 """
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from .injector import Injector
+from .schedules import LearnedSchedule
 from .unet import Attention, Resnet, UNet
+
+if TYPE_CHECKING:
+    from .idm import IDM
 
 IMAGES = 4  # that the first scale must have room for
 _SPREAD = 0.368  # of the features before the last group norm, which divides by it; measured at width 64, T = 3
 
 
-def noise_levels(num_steps: int) -> list[float]:
-    """c_t = √((1 − ᾱ_t) / ᾱ_t), t = 1..T: what one unit of estimated noise is worth at step t."""
-    return [0.7 * (t / num_steps) ** 1.75 for t in range(1, num_steps + 1)]
-
-
 @torch.no_grad()
-def start(unet: UNet, levels: list[float]) -> None:
-    """Give a U-Net these initial values; where the first scale has no room for IMAGES images, it just estimates 0."""
+def start(net: "IDM") -> None:
+    """Give a network these initial values; where its first scale has no room for IMAGES images, it just estimates 0.
+
+    v of the weighted coupling is 0.01 in all steps but the first, where it makes up for the step's greater noise level.
+    """
+    levels = _noise_levels(net.schedule, net.config.num_steps)
+    if net.unet.halves:
+        _start_halves(net.unet)
+        return
+    with_v = all(hasattr(coupling, "v") for coupling in net.steps)
+    for coupling in net.steps if with_v else []:
+        nn.init.constant_(coupling.v, 0.01)
+    if with_v and len(levels) > 1:
+        nn.init.constant_(net.steps[0].v, 1 - levels[-1] / levels[-2])
+    _start_unet(net.unet, levels)
+
+
+def _noise_levels(schedule: nn.Module, num_steps: int) -> list[float]:
+    """c_t = √((1 − ᾱ_t) / ᾱ_t), t = 1..T: what one unit of estimated noise is worth at step t.
+
+    Learned alphas are set to give the levels that suit images; of another schedule they are what it begins with.
+    """
+    if isinstance(schedule, LearnedSchedule):
+        levels = [0.7 * (t / num_steps) ** 1.75 for t in range(1, num_steps + 1)]
+        for alpha, before, level in zip(schedule.alpha, [0, *levels], levels, strict=False):
+            alpha.fill_((1 + before**2) / (1 + level**2))  # 1 + c_t² = 1 / ᾱ_t
+        return levels
+    alpha_bar = schedule(torch.zeros(1, 1, 32, 32))[0, 1:]
+    return ((1 - alpha_bar) / alpha_bar).sqrt().tolist()
+
+
+def _start_unet(unet: UNet, levels: list[float]) -> None:
     _zero(unet.conv_out)
     pixels = unet.shuffle**2
     if unet.conv_in.out_channels < IMAGES * pixels:
@@ -38,6 +69,21 @@ def start(unet: UNet, levels: list[float]) -> None:
     for pixel in range(pixels):  # silu(a) − silu(−a) = a
         unet.conv_out.weight[pixel, pixels + pixel, 1, 1] = _SPREAD
         unet.conv_out.weight[pixel, 2 * pixels + pixel, 1, 1] = -_SPREAD
+
+
+def _start_halves(unet: UNet) -> None:
+    """Streams that are halves of the channels have no room for the images: all F and G begin with 0, and so does ε."""
+    _zero(unet.conv_out)
+    for module in unet.modules():
+        if isinstance(module, Resnet):
+            _zero(module.block.conv2)
+            if module.block.conv_shortcut is not None:
+                _take(module, 0)
+        elif isinstance(module, Attention):
+            _zero(module.block.proj_out)
+        elif isinstance(module, Injector):
+            for unlift in module.unlift:
+                _zero(unlift)
 
 
 def _start_injector(injector: Injector, levels: list[float]) -> None:

@@ -101,4 +101,22 @@ class AdditiveCoupling(nn.Module):
         return context[0], context[-1]
 
 
+class Swapped(nn.Module):
+    """A coupling whose two streams change places before: in a chain of halves each stream is read in turn.
+
+    Of the additive coupling without G it makes y₁ = x₂ + F(x₁), y₂ = x₁, streams as those of the weighted coupling.
+    """
+
+    def __init__(self, coupling: nn.Module):
+        super().__init__()
+        self.coupling = coupling
+
+    def forward(self, x1: Tensor, x2: Tensor, *context: Any) -> Streams:
+        return self.coupling(x2, x1, *context)
+
+    def inverse(self, y1: Tensor, y2: Tensor, *context: Any) -> Streams:
+        x2, x1 = self.coupling.inverse(y1, y2, *context)
+        return x1, x2
+
+
 COUPLINGS = {"weighted": WeightedCoupling, "additive": AdditiveCoupling}

@@ -1,5 +1,6 @@
 """Level one: the sampling chain around the U-Net, and the class IDM (paper, section 3.1)."""
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,11 +9,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import checkpoint, compact_start, photograph
-from .couplings import WeightedCoupling
+from . import checkpoint, compact_start, photograph, settings
+from .couplings import Swapped
 from .operators import LinearOperator, PaddedOperator
 from .reversible import ReversibleChain
-from .schedules import LearnedSchedule
 from .unet import UNet
 
 INVERTIBLE = ("both", "sampling", "unet", "none")
@@ -28,10 +28,10 @@ class SamplingStep(nn.Module):
         operator: LinearOperator,
         y: Tensor,
         back_projection: Tensor,  # Aᵀy
-        alpha_bar: Tensor,  # (T + 1,)
+        alpha_bar: Tensor,  # (batch or 1, T + 1)
         step: int,  # t
     ) -> Tensor:
-        now, after = alpha_bar[step], alpha_bar[step - 1]
+        now, after = (alpha_bar[:, t].view(-1, 1, 1, 1) for t in (step, step - 1))
         noise = unet(F.pixel_unshuffle(x, unet.shuffle), back_projection, operator, step)
         noise = F.pixel_shuffle(noise, unet.shuffle).to(x.dtype)
         x0 = (x - (1 - now).sqrt() * noise) / now.sqrt()
@@ -39,6 +39,31 @@ class SamplingStep(nn.Module):
         if step == 1:  # ᾱ_0 = 1: no noise is left, and √(1 − ᾱ_0) has no derivative
             return x0
         return after.sqrt() * x0 + (1 - after).sqrt() * noise
+
+
+class SamplingUpdate(nn.Module):
+    """F of "reversible noise injection", x̂_{t−1} = h_t + F(x̂_t): what f_t changes of x̂_t, at the noise level of h_t.
+
+    F(x̂_t) = f_t(x̂_t) − √(ᾱ_{t+1} / ᾱ_t) x̂_t, for h_t = x̂_{t+1}; where the chain begins, h_t is of the level of x̂_t.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.step = SamplingStep()
+
+    def forward(self, x: Tensor, unet: UNet, operator: LinearOperator, y: Tensor, back_projection: Tensor,
+                alpha_bar: Tensor, step: int) -> Tensor:
+        """As `SamplingStep`, with ᾱ up to the step where the chain begins."""
+        before = min(step + 1, alpha_bar.shape[1] - 1)
+        scale = (alpha_bar[:, before] / alpha_bar[:, step]).sqrt().view(-1, 1, 1, 1)
+        return self.step(x, unet, operator, y, back_projection, alpha_bar, step) - scale * x
+
+
+def sampling_coupling(coupling: type[nn.Module]) -> nn.Module:
+    """One step of the chain on (x̂_t, h_t); of a coupling of two bodies it is the first half alone."""
+    if getattr(coupling, "bodies", 1) == 2:
+        return Swapped(coupling(SamplingUpdate()))
+    return coupling(SamplingStep())
 
 
 class IDM(ModelMixin, ConfigMixin):
@@ -50,9 +75,16 @@ class IDM(ModelMixin, ConfigMixin):
         shuffle: s, where s×s pixels are folded into channels before the U-Net (published: 2).
         num_attention_heads: of every attention (published: 8).
         norm_groups: of every group norm (published: 32).
+        coupling: name in COUPLINGS, of the couplings of both levels (published: "weighted").
+        schedule: name in SCHEDULES (published: "learned").
+        schedule_settings: keyword arguments of the schedule, e.g. {"scale": 10.0} of "dynamic".
+        attention: whether each of the two scales has attention (published: both); its injectors stay without it.
+        attention_window: side, in tokens, of the windows within which attention works, for both scales or for each;
+            None: all tokens attend to all (published).  It can be changed later: see the property.
 
     Raises:
-        ValueError: for widths that the group norms, the heads or the injectors do not allow.
+        ValueError: for a name or a setting that is not known, and for widths that the group norms, the heads or the
+            injectors do not allow.
     """
 
     _repeated_blocks = ("Resnet", "Attention")  # what diffusers' compile_repeated_blocks compiles
@@ -65,16 +97,26 @@ class IDM(ModelMixin, ConfigMixin):
         shuffle: int = 2,
         num_attention_heads: int = 8,
         norm_groups: int = 32,
+        coupling: str = "weighted",
+        schedule: str = "learned",
+        schedule_settings: dict[str, Any] | None = None,
+        attention: bool | tuple[bool, bool] = (True, True),
+        attention_window: int | None | tuple[int | None, int | None] = None,
     ):
         super().__init__()
-        _check_architecture(block_out_channels, num_steps, shuffle, num_attention_heads, norm_groups)
-        self.unet = UNet(tuple(block_out_channels), num_steps, shuffle, num_attention_heads, norm_groups)
-        self.schedule = LearnedSchedule(num_steps)
+        coupling_class = settings.coupling_of(self.config)
+        self.unet = UNet(*settings.scales(self.config))
+        self.schedule = settings.schedule_of(self.config)
         self.input_scale = nn.Parameter(torch.ones(1))  # s_in
         self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
-        self.steps = ReversibleChain(WeightedCoupling(SamplingStep()) for _ in range(num_steps))  # t = T, …, 1
+        self.steps = ReversibleChain(sampling_coupling(coupling_class) for _ in range(num_steps))  # t = T, …, 1
         self.store_every = 1
         self.invertible = "both"
+
+    @property
+    def schedule(self) -> nn.Module:
+        """ᾱ from the back-projection; a property, as diffusers would find the name in the config first."""
+        return self._modules["schedule"]
 
     @property
     def invertible(self) -> str:
@@ -100,6 +142,24 @@ class IDM(ModelMixin, ConfigMixin):
         self._store_every = steps
 
     @property
+    def attention_window(self) -> tuple[int | None, int | None]:
+        """Side of attention's windows, in tokens, at each of the two scales; None: all tokens attend to all.
+
+        Set it on any network, also on official weights, to make time and memory linear in the area of an image: one
+        number for both scales, or two.  A token is `shuffle` pixels a side at the first scale, twice as many at the
+        second.  It is part of the config that `save_pretrained` writes.
+
+        Raises:
+            ValueError: where a side is neither None nor at least 1.
+        """
+        return settings.window_pair(self.config.attention_window)
+
+    @attention_window.setter
+    def attention_window(self, window: int | None | tuple[int | None, int | None]) -> None:
+        self.unet.set_attention_windows(*settings.window_pair(window))
+        self.register_to_config(attention_window=window)
+
+    @property
     def size_multiple(self) -> int:
         """Height and width of what the network computes on are multiples of this; other images are padded inside."""
         return 2 * self.config.shuffle
@@ -108,10 +168,12 @@ class IDM(ModelMixin, ConfigMixin):
         self,
         y: Tensor,  # measurements, operator.A(x): (batch, H·W/N, M) of ours
         operator: LinearOperator,  # ours or deepinv's: a module with A and A_adjoint
+        steps: int | None = None,  # begin the chain at step t = steps, from 1 to T; None: T
     ) -> Tensor:
         """x̂, (batch, 1, H, W); not clamped.
 
         Raises:
+            ValueError: where `steps` is not from 1 to T.
             TypeError: where something that needs a gradient is hidden from the engine (see `ReversibleChain`).
         """
         back_projection = operator.A_adjoint(y)
@@ -119,13 +181,25 @@ class IDM(ModelMixin, ConfigMixin):
         if height % self.size_multiple or width % self.size_multiple:
             operator = PaddedOperator(operator, (height, width), self.size_multiple)
             back_projection = operator.transform_adjoint(back_projection)
-        alpha_bar = self.schedule()
-        x = alpha_bar[-1].sqrt() * back_projection
-        contexts = [(self.unet, operator, y, back_projection, alpha_bar, step)
-                    for step in range(self.config.num_steps, 0, -1)]
-        x, h = self.steps(x, self.input_scale * x, contexts, store_every=self.store_every,
-                          keep_last=self.store_every is not None, reversible=self.invertible in ("both", "sampling"))
-        return (x + self.merge_scale * h)[..., :height, :width]
+        last = self.config.num_steps if steps is None else steps
+        if not 1 <= last <= self.config.num_steps:
+            raise ValueError(f"steps must be from 1 to {self.config.num_steps}, not {steps}")
+        alpha_bar = self.schedule(back_projection)[:, :last + 1]
+        x = alpha_bar[:, last].sqrt().view(-1, 1, 1, 1) * back_projection
+        contexts = [(self.unet, operator, y, back_projection, alpha_bar, step) for step in range(last, 0, -1)]
+        chain = self.steps if last == self.config.num_steps else self.steps[-last:]
+        x, h = chain(x, self.input_scale * x, contexts, store_every=self.store_every,
+                     keep_last=self.store_every is not None, reversible=self.invertible in ("both", "sampling"))
+        x = (x + self.merge_scale * h)[..., :height, :width]
+        return x if last == self.config.num_steps else x + self._zero_of_all_parameters()
+
+    def _zero_of_all_parameters(self) -> Tensor:
+        """0, with a gradient of 0 in every parameter: what fewer steps do not use has one all the same.
+
+        DistributedDataParallel waits for the gradients of all, and an optimizer must not treat one process's step
+        differently from another's.
+        """
+        return torch.cat([parameter.flatten()[:0] for parameter in self.parameters()]).sum()
 
     def reconstruct(
         self,
@@ -148,39 +222,36 @@ class IDM(ModelMixin, ConfigMixin):
         return nn.Module.to(self, *args, **kwargs)
 
     @classmethod
-    def compact(cls, width: int = 64, num_steps: int = 3, shuffle: int = 4) -> "IDM":
+    def compact(cls, width: int = 64, num_steps: int = 3, shuffle: int = 4, **others: Any) -> "IDM":
         """Fresh weights at small widths (width, 2 · width), width // 32 attention heads.
 
         One group for every group norm: 32 groups of a few channels each would take the scale out of nearly every one.
         They start at about the back-projection, wired for images where the first scale has room for them (see
-        `compact_start`).  v is 0.01 in all steps but the first, where it makes up for the step's greater noise level.
+        `compact_start`).
+
+        Args:
+            others: further arguments of `IDM`.
 
         Raises:
-            ValueError: where the width is no multiple of 2 · shuffle².
+            ValueError: where the width is no multiple of 2 · shuffle², and as `IDM` does.
         """
         if shuffle > 0 and width % (2 * shuffle**2):
             raise ValueError(f"the width must be a multiple of {2 * shuffle**2}")
-        net = cls((width, 2 * width), num_steps, shuffle, num_attention_heads=max(1, width // 32), norm_groups=1)
-        levels = compact_start.noise_levels(num_steps)
-        with torch.no_grad():  # 1 + c_t² = 1 / ᾱ_t
-            for alpha, before, level in zip(net.schedule.alpha, [0, *levels], levels, strict=False):
-                alpha.fill_((1 + before**2) / (1 + level**2))
-        for coupling in net.steps:
-            nn.init.constant_(coupling.v, 0.01)
-        if num_steps > 1:
-            nn.init.constant_(net.steps[0].v, 1 - levels[-1] / levels[-2])
-        compact_start.start(net.unet, levels)
+        net = cls((width, 2 * width), num_steps, shuffle,
+                  **{"num_attention_heads": max(1, width // 32), "norm_groups": 1, **others})
+        compact_start.start(net)
         return net
 
     @classmethod
-    def from_unet(cls, source: str | Path, num_steps: int = 3) -> "IDM":
+    def from_unet(cls, source: str | Path, num_steps: int = 3, **others: Any) -> "IDM":
         """Build on Stable Diffusion v1.5's U-Net; the rest keeps its initial values. See `checkpoint.build_on_unet`.
 
         Args:
             source: a hub id, a local diffusers folder (a pipeline or just its U-Net), or a one-file checkpoint.
             num_steps: T.
+            others: further arguments of `IDM`.
         """
-        return checkpoint.build_on_unet(cls, source, num_steps)
+        return checkpoint.build_on_unet(cls, source, num_steps, **others)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "IDM":
@@ -197,31 +268,14 @@ class IDM(ModelMixin, ConfigMixin):
 
     @property
     def fits_official_format(self) -> bool:
-        """Whether heads and groups, of which the published format keeps no trace, are the published ones."""
-        return (self.config.num_attention_heads == checkpoint.DEFAULT_HEADS
-                and self.config.norm_groups == checkpoint.NORM_GROUPS)
+        """Whether all settings that leave no trace in the published format are the published ones."""
+        return not checkpoint.unofficial_settings(self.config)
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The published checkpoint format: every module of a chain under both of its names, sharing memory.
 
         Raises ValueError where the network does not fit the format.
         """
-        if not self.fits_official_format:
-            raise ValueError(f"the published format means {checkpoint.DEFAULT_HEADS} attention heads and "
-                             f"{checkpoint.NORM_GROUPS} groups, not {self.config.num_attention_heads} and "
-                             f"{self.config.norm_groups}; use save_pretrained")
+        if others := checkpoint.unofficial_settings(self.config):
+            raise ValueError(f"the published format means {others}; use save_pretrained")
         return {name: tensor.detach() for name, tensor in checkpoint.official_names(self)}
-
-
-def _check_architecture(widths: tuple[int, int], num_steps: int, shuffle: int, heads: int, groups: int) -> None:
-    if len(widths) != 2:
-        raise ValueError(f"block_out_channels must be two widths, not {tuple(widths)}")
-    if groups < 1 or heads < 1:
-        raise ValueError(f"norm_groups and num_attention_heads must be at least 1, not {groups} and {heads}")
-    for width in widths:
-        if width < 1 or width % groups or width % heads:
-            raise ValueError(f"widths must be multiples of the {groups} groups and of the {heads} heads, not {width}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
-    if shuffle < 1:
-        raise ValueError(f"shuffle must be at least 1, not {shuffle}")

@@ -1,10 +1,15 @@
 """Injectors: bring the measurement y and the operator A into the U-Net's features (paper, section 3.3)."""
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .operators import LinearOperator
 from .precision import FullPrecisionConv2d
+
+if TYPE_CHECKING:
+    from .unet import Inputs
 
 
 class Injector(nn.Module):
@@ -27,6 +32,9 @@ class Injector(nn.Module):
         folded = channels // factor**2
         self.lift = nn.ModuleList(FullPrecisionConv2d(folded, 1, kernel_size=1) for _ in range(num_steps))
         self.unlift = nn.ModuleList(FullPrecisionConv2d(3, folded, kernel_size=1) for _ in range(num_steps))
+
+    def reads(self, inputs: "Inputs") -> tuple[Tensor, LinearOperator, int]:
+        return inputs.back_projection, inputs.operator, inputs.step
 
     def forward(
         self,

@@ -2,14 +2,25 @@
 
 Left of UNet2DConditionModel are two down blocks and two up blocks, without time embedding, mid block, cross-attention.
 Around every attention stand two injectors.  Inside a block the features are a pair of streams (x, s·x), which chains of
-couplings carry through and m merges again as x₁ + m·x₂.  The building blocks are diffusers' own modules.
+couplings carry through and m merges again as x₁ + m·x₂.
+
+                    skips                 widths
+    conv_in         conv_in               narrow
+    down block 0    down_0.pair_0         narrow
+                    down_0.pair_1
+                    down_0.downsampled
+    down block 1    down_1.pair_0         wide
+                    down_1.pair_1
+    up block 0      reads the last three  wide
+    up block 1      reads the first three narrow
+    conv_out
 """
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import Transformer2DModel
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -17,194 +28,268 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .couplings import WeightedCoupling
-from .feed_forward import PartwiseFeedForward
+from .attention import Transformer
 from .injector import Injector
 from .operators import LinearOperator
 from .precision import FullPrecisionConv2d
 from .reversible import ReversibleChain, holding
 
-PAIRS_DOWN, PAIRS_UP = 2, 3  # (resnet, attention) pairs in a down block and in an up block
-PLACES_AT_ONCE = 2**14  # of the features, differentiated at once: enough to fill a GPU
+PIXELS_AT_ONCE = 2**14  # of the features, differentiated at once: enough to fill a GPU
 
-Injection = tuple[Tensor, LinearOperator, int]  # back-projection Aᵀy, operator, step t: what every injector reads
+
+@dataclass
+class Inputs:
+    """What a module of a chain may read beside its features; its `reads` says which."""
+
+    back_projection: Tensor  # Aᵀy, (batch, 1, H, W)
+    operator: LinearOperator
+    step: int  # t
+    skips: dict[str, Tensor]  # by the names above
 
 
 class Resnet(nn.Module):
     """Residual convolutions, on the features with a skip concatenated behind them where there is one."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, skip: str | None = None):
         super().__init__()
+        self.skip = skip
         self.block = ResnetBlock2D(in_channels=in_channels, out_channels=out_channels, temb_channels=None,
                                    groups=norm_groups, eps=1e-5, non_linearity="silu")
+
+    def reads(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        return (inputs.skips.pop(self.skip),) if self.skip else ()  # nothing else reads it, nor should keep it
 
     def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
         return self.block(torch.cat((x, *skip), dim=1) if skip else x, None)
 
 
 class Attention(nn.Module):
-    """Self-attention over all places, then a feed-forward, each with its residual."""
+    """Self-attention of all features, or within windows, then a feed-forward, each with its residual."""
 
-    def __init__(self, channels: int, heads: int, norm_groups: int):
+    def __init__(self, channels: int, heads: int, norm_groups: int, window: int | None):
         super().__init__()
-        self.block = Transformer2DModel(num_attention_heads=heads, attention_head_dim=channels // heads,
-                                        in_channels=channels, norm_num_groups=norm_groups, activation_fn="geglu")
-        (transformer,) = self.block.transformer_blocks
-        transformer.ff = PartwiseFeedForward(transformer.ff)
+        self.block = Transformer(channels, heads, norm_groups, window)
+
+    def reads(self, inputs: Inputs) -> tuple[()]:
+        return ()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.block(x, return_dict=False)[0]
+        return self.block(x)
+
+
+class Residual(nn.Module):
+    """What a body adds to its features: F or G of a coupling of two bodies."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def reads(self, inputs: Inputs) -> tuple:
+        return self.body.reads(inputs)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        return self.body(x, *context) - x
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the blocks of one scale have in common.
+
+    A coupling of one body is made of any module f, and its streams are (x, s·x) of all channels.  One of two bodies, as
+    the additive coupling, is made of residual functions F and G, and its streams are the halves of the channels.
+    """
+
+    channels: int
+    factor: int  # side of the image by side of the features
+    num_steps: int  # T
+    heads: int
+    norm_groups: int
+    attention: bool  # whether there is any
+    window: int | None  # side of attention's windows, in tokens; None: all attend to all
+    coupling: type[nn.Module]
+
+    @property
+    def halves(self) -> bool:
+        """Whether the streams are the halves of the channels."""
+        return getattr(self.coupling, "bodies", 1) == 2
+
+    @property
+    def width(self) -> int:
+        """Channels of a stream."""
+        return self.channels // 2 if self.halves else self.channels
+
+    def resnet(self, skip_channels: int = 0, skip: str | None = None) -> Resnet:
+        return Resnet(self.width + skip_channels, self.width, self.norm_groups, skip)
+
+    def injected_attention(self) -> list[nn.Module]:
+        """Attention between two injectors; without it, the injectors alone."""
+        attention = self.width, self.heads, self.norm_groups, self.window
+        injector = self.width, self.factor, self.num_steps
+        return [Injector(*injector), *([Attention(*attention)] if self.attention else []), Injector(*injector)]
+
+    def chain(self, bodies: list[nn.Module]) -> ReversibleChain:
+        """Couplings of these bodies, one after the other; of two bodies each, the last one of an odd number alone."""
+        if not self.halves:
+            return ReversibleChain(map(self.coupling, bodies))
+        functions = list(map(Residual, bodies))
+        return ReversibleChain(self.coupling(*functions[i:i + 2]) for i in range(0, len(functions), 2))
+
+    def scale_parameter(self, *values: float) -> nn.Parameter | None:
+        """A learned s or m; the halves have none."""
+        return None if self.halves else nn.Parameter(torch.tensor(values))
 
 
 class DownBlock(nn.Module):
     """Two pairs (resnet, attention), merged after each, then a downsampler where there is one.
 
     A resnet that changes the width stands before the streams; all others are couplings.
+
+    Args:
+        name: of the block, with which the names of its skips begin.
     """
 
-    def __init__(self, in_channels: int, channels: int, heads: int, norm_groups: int, factor: int, num_steps: int,
-                 downsample: bool):
+    PAIRS = 2
+
+    def __init__(self, name: str, scale: Scale, in_channels: int, downsample: bool):
         super().__init__()
-        self.entry = Resnet(in_channels, channels, norm_groups) if in_channels != channels else None
-        self.input_scale = nn.Parameter(torch.ones(1))  # s
+        self.name, self.halves, channels = name, scale.halves, scale.channels
+        self.entry = Resnet(in_channels, channels, scale.norm_groups) if in_channels != channels else None
+        self.input_scale = scale.scale_parameter(1.0)  # s
         self.chains = nn.ModuleList()
-        for pair in range(PAIRS_DOWN):
-            resnet = [] if pair == 0 and self.entry is not None else [Resnet(channels, channels, norm_groups)]
-            bodies = [*resnet, *_injected_attention(channels, heads, norm_groups, factor, num_steps)]
-            self.chains.append(ReversibleChain(map(WeightedCoupling, bodies)))
-        self.merge_scales = nn.Parameter(torch.zeros(PAIRS_DOWN))  # m of each pair
+        for pair in range(self.PAIRS):
+            resnet = [] if pair == 0 and self.entry is not None else [scale.resnet()]
+            self.chains.append(scale.chain([*resnet, *scale.injected_attention()]))
+        self.merge_scales = scale.scale_parameter(*[0.0] * self.PAIRS)  # m of each pair
         self.downsample = Downsample2D(channels, use_conv=True, padding=1, name="op") if downsample else None
 
-    def forward(self, x: Tensor, injection: Injection, reversible: bool) -> tuple[Tensor, list[Tensor]]:
-        """(batch, in_channels, h, w) -> features for the next block, and the skips of this one."""
+    def forward(self, x: Tensor, inputs: Inputs, reversible: bool) -> Tensor:
+        """(batch, in_channels, h, w) -> features for the next block; the skips of this one go into `inputs`."""
         x1, x2 = _recomputed(self._streams, x, reversible=reversible)
-        skips = []
-        for chain, merge_scale in zip(self.chains, self.merge_scales.split(1), strict=True):
+        for pair, chain in enumerate(self.chains):
             # The next pair goes on from the streams, not from their merger.
-            contexts = [injection if isinstance(coupling.body, Injector) else () for coupling in chain]
-            x1, x2 = chain(x1, x2, contexts, reversible=reversible)
-            x = x1 + merge_scale * x2
-            skips.append(x)
+            x1, x2 = chain(x1, x2, _contexts(chain, inputs, self.halves), reversible=reversible)
+            merge_scale = None if self.merge_scales is None else self.merge_scales[pair:pair + 1]
+            x = inputs.skips[f"{self.name}.pair_{pair}"] = _merged(x1, x2, merge_scale)
         if self.downsample is not None:
-            x = self.downsample(x)
-            skips.append(x)
-        return x, skips
+            x = inputs.skips[f"{self.name}.downsampled"] = self.downsample(x)
+        return x
 
     def _streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _split(x if self.entry is None else self.entry(x), self.input_scale)
+        return _split(self, x if self.entry is None else self.entry(x))
 
 
 class UpBlock(nn.Module):
-    """Three pairs (resnet, attention), each taking a skip, merged at the end; then an upsampler where there is one.
+    """Three pairs (resnet, attention), each reading a skip, merged at the end; then an upsampler where there is one.
 
-    The first resnet stands before the streams, the others are couplings.  The upsampler is the next block's to call: it
-    is computed again for backward together with that block's beginning, and its wide output is not kept.
+    The first resnet stands before the streams, the others are couplings.
+
+    Args:
+        skips: names of the skips that the resnets read, and their channels.
     """
 
-    def __init__(self, in_channels: int, channels: int, skip_channels: list[int], heads: int, norm_groups: int,
-                 factor: int, num_steps: int, upsample: bool):
+    def __init__(self, scale: Scale, in_channels: int, skips: dict[str, int], upsample: bool):
         super().__init__()
-        self.entry = Resnet(in_channels + skip_channels[0], channels, norm_groups)
-        self.input_scale = nn.Parameter(torch.ones(1))  # s
-        attention = channels, heads, norm_groups, factor, num_steps
-        bodies = _injected_attention(*attention)
-        for skip in skip_channels[1:]:
-            bodies += [Resnet(channels + skip, channels, norm_groups), *_injected_attention(*attention)]
-        self.chain = ReversibleChain(map(WeightedCoupling, bodies))
-        self.merge_scale = nn.Parameter(torch.zeros(1))  # m
-        self.upsample = Upsample2D(channels, use_conv=True) if upsample else None
+        self.halves = scale.halves
+        (first, first_channels), *others = skips.items()
+        self.entry = Resnet(in_channels + first_channels, scale.channels, scale.norm_groups, first)
+        self.input_scale = scale.scale_parameter(1.0)  # s
+        bodies = scale.injected_attention()
+        for name, skip_channels in others:
+            bodies += [scale.resnet(skip_channels, name), *scale.injected_attention()]
+        self.chain = scale.chain(bodies)
+        self.merge_scale = scale.scale_parameter(0.0)  # m
+        self.upsample = Upsample2D(scale.channels, use_conv=True) if upsample else None
 
-    def forward(self, x: Tensor, widen: Callable[[Tensor], Tensor], skips: list[Tensor], injection: Injection,
-                reversible: bool) -> Tensor:
-        """x and widen(x), (batch, in_channels, h, w) -> (batch, channels, h, w)."""
-        first, *others = skips
-        x1, x2 = _recomputed(self._streams, x, widen, first, reversible=reversible)
-        remaining = iter(others)
-        kinds = {Injector: lambda: injection, Resnet: lambda: (next(remaining),), Attention: tuple}
-        contexts = [kinds[type(coupling.body)]() for coupling in self.chain]
-        x1, x2 = self.chain(x1, x2, contexts, reversible=reversible)
-        return x1 + self.merge_scale * x2
+    def forward(self, x: Tensor, inputs: Inputs, reversible: bool) -> Tensor:
+        """(batch, in_channels, h, w) -> (batch, channels, h, w), or (batch, channels, 2h, 2w) with an upsampler."""
+        x1, x2 = _recomputed(self._streams, x, *self.entry.reads(inputs), reversible=reversible)
+        x1, x2 = self.chain(x1, x2, _contexts(self.chain, inputs, self.halves), reversible=reversible)
+        x = _merged(x1, x2, self.merge_scale)
+        return x if self.upsample is None else _recomputed(self.upsample, x, reversible=reversible)
 
-    def _streams(self, x: Tensor, widen: Callable[[Tensor], Tensor], skip: Tensor) -> tuple[Tensor, Tensor]:
-        return _split(self.entry(widen(x), skip), self.input_scale)
+    def _streams(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        return _split(self, self.entry(x, skip))
 
 
 class UNet(nn.Module):
     """The noise estimator ε, (batch, shuffle², h, w) -> the same shape; h and w even.
 
     Args:
-        block_out_channels: widths of the two scales, multiples of heads and of norm_groups.
-        num_steps: T, how many sampling steps the injectors have weights for.
-        shuffle: side of the image by side of the features at the first scale.
-        heads: attention heads.
-        norm_groups: groups of every group norm.
+        narrow: the first scale, of the image folded by its factor.
+        wide: the second scale, of half the sides.
     """
 
-    def __init__(self, block_out_channels: tuple[int, int], num_steps: int, shuffle: int, heads: int, norm_groups: int):
+    def __init__(self, narrow: Scale, wide: Scale):
         super().__init__()
-        wide, narrow = block_out_channels[1], block_out_channels[0]
-        first = {"heads": heads, "norm_groups": norm_groups, "factor": shuffle, "num_steps": num_steps}
-        second = {**first, "factor": 2 * shuffle}
-        self.shuffle = shuffle
-        self.conv_in = FullPrecisionConv2d(shuffle**2, narrow, kernel_size=3, padding=1)
+        self.shuffle, self.halves, n, w = narrow.factor, narrow.halves, narrow.channels, wide.channels
+        self.conv_in = FullPrecisionConv2d(self.shuffle**2, n, kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(narrow, narrow, downsample=True, **first),
-            DownBlock(narrow, wide, downsample=False, **second),
+            DownBlock("down_0", narrow, n, downsample=True),
+            DownBlock("down_1", wide, n, downsample=False),
         ])
         self.up_blocks = nn.ModuleList([
-            UpBlock(2 * wide, wide, [wide, wide, narrow], upsample=True, **second),
-            UpBlock(wide, narrow, [narrow, narrow, narrow], upsample=False, **first),
+            UpBlock(wide, 2 * w, {"down_1.pair_1": w, "down_1.pair_0": w, "down_0.downsampled": n}, upsample=True),
+            UpBlock(narrow, w, {"down_0.pair_1": n, "down_0.pair_0": n, "conv_in": n}, upsample=False),
         ])
-        self.conv_norm_out = nn.GroupNorm(norm_groups, narrow, eps=1e-5)
-        self.conv_out = FullPrecisionConv2d(narrow, shuffle**2, kernel_size=3, padding=1)
+        self.conv_norm_out = nn.GroupNorm(narrow.norm_groups, n, eps=1e-5)
+        self.conv_out = FullPrecisionConv2d(n, self.shuffle**2, kernel_size=3, padding=1)
         self.reversible = True
 
     def forward(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
         apart = getattr(operator, "same_for_all", False)  # another library's operator may hold something of each image
         if not (self.reversible and torch.is_grad_enabled() and apart):
-            return self._noise(x, back_projection, operator, step)
-        samples = max(1, PLACES_AT_ONCE // (x.shape[-2] * x.shape[-1]))
+            return self._noise(x, Inputs(back_projection, operator, step, {}))
+        samples = max(1, PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1]))
         parts = zip(x.split(samples), back_projection.split(samples), strict=True)
-        return torch.cat([self._noise(*part, operator, step) for part in parts])
+        return torch.cat([self._noise(part, Inputs(back, operator, step, {})) for part, back in parts])
 
-    def _noise(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
-        injection = (back_projection, operator, step)
-        x = self.conv_in(x)
-        skips = [x]
+    def set_attention_windows(self, narrow: int | None, wide: int | None) -> None:
+        for blocks, sides in ((self.down_blocks, (narrow, wide)), (self.up_blocks, (wide, narrow))):
+            for block, side in zip(blocks, sides, strict=True):
+                for module in block.modules():
+                    if isinstance(module, Transformer):
+                        module.window = side
+
+    def _noise(self, x: Tensor, inputs: Inputs) -> Tensor:
+        x = inputs.skips["conv_in"] = self.conv_in(x)
         for block in self.down_blocks:
-            x, new = block(x, injection, self.reversible)
-            skips += new
-        widen = _doubled  # stands for the removed up block, which would deliver twice the width
+            x = block(x, inputs, self.reversible)
+        x = torch.cat((x, x), dim=1)  # stands for the removed up block, which would deliver twice the width
         for block in self.up_blocks:
-            x = block(x, widen, [skips.pop() for _ in range(PAIRS_UP)], injection, self.reversible)
-            widen = block.upsample
+            x = block(x, inputs, self.reversible)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-def _injected_attention(channels: int, heads: int, norm_groups: int, factor: int, num_steps: int) -> list[nn.Module]:
-    return [Injector(channels, factor, num_steps), Attention(channels, heads, norm_groups),
-            Injector(channels, factor, num_steps)]
+def bodies_of(coupling: nn.Module) -> list[nn.Module]:
+    """The modules of the U-Net that a coupling is made of."""
+    return [part for part in coupling.children() if hasattr(part, "reads")]
 
 
-def _split(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair of streams (x, s·x), in the precision of the weights."""
-    x = x.to(scale.dtype)
-    return x, scale * x
+def _contexts(chain: ReversibleChain, inputs: Inputs, halves: bool) -> list[tuple]:
+    """What the bodies of each coupling say that they read: of a single body, or a tuple for each of two."""
+    reads = [tuple(body.reads(inputs) for body in bodies_of(coupling)) for coupling in chain]
+    return reads if halves else [own for (own,) in reads]
 
 
-def _doubled(x: Tensor) -> Tensor:
-    return torch.cat((x, x), dim=1)
+def _split(block: DownBlock | UpBlock, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair of streams: (x, s·x), or without s the halves of the channels; in the precision of the weights."""
+    x = x.to(next(block.parameters()).dtype)
+    return x.tensor_split(2, dim=1) if block.halves else (x, block.input_scale * x)
 
 
-def _recomputed(f: Callable, *inputs: Any, reversible: bool) -> Any:
-    """f(*inputs), f a module's method; where the network is reversible, what it computes on the way is computed again.
+def _merged(x1: Tensor, x2: Tensor, scale: Tensor | None) -> Tensor:
+    """x₁ + m x₂, or without m the halves put together again."""
+    return torch.cat((x1, x2), dim=1) if scale is None else x1 + scale * x2
 
-    Then with the parameters that the modules have now, for `torch.func.functional_call` takes its own out again.
+
+def _recomputed(f: Callable, *inputs: Tensor, reversible: bool) -> Any:
+    """f(*inputs), f a module or a method of one; where reversible, what it computes on the way is computed again.
+
+    Then with the parameters that the module has now, for `torch.func.functional_call` takes its own out again.
     """
     if not (reversible and torch.is_grad_enabled()):
         return f(*inputs)
-    modules = [f.__self__, *(item for item in inputs if isinstance(item, nn.Module))]
-    now = [(part._parameters, name, tensor) for module in modules for part in module.modules()
+    now = [(part._parameters, name, tensor) for part in getattr(f, "__self__", f).modules()
            for name, tensor in part._parameters.items()]
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False,
                       context_fn=lambda: (nullcontext(), holding(now)))

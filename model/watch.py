@@ -57,7 +57,7 @@ class _Progress:
             self.work[block] = batch * tokens * sum(parameter.numel() for parameter in block.parameters())
             if isinstance(block, Attention):
                 seen = min(tokens, (windows[scale] or tokens)**2)
-                self.work[block] += batch * tokens * 2 * seen * block.block.config.in_channels
+                self.work[block] += batch * tokens * 2 * seen * block.block.proj_in.in_channels
         self.total = self.net.config.num_steps * sum(self.work.values())
 
     def advance(self, block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 A file may be damaged, or come from anybody: checksums are compared where there are any, time and memory are bounded by
 the size of the file, and whatever is refused is refused in one sentence.
+
+diffusers and the hub's client are imported where they are used: programs that need no network do not wait for them.
 """
 import hashlib
 import json
@@ -14,9 +16,6 @@ from typing import Any
 
 import safetensors
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 LDM_PREFIX = "model.diffusion_model."  # of the U-Net in a one-file Stable Diffusion checkpoint
@@ -49,6 +48,9 @@ def fetch_unet(source: str) -> Path:
     """Return the folder of a hub id's U-Net: downloaded or, where the hub cannot be reached, of its local cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise WeightsError(f"{source} is neither a file, nor a folder, nor a hub id")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     try:
         folder = Path(hf_hub_download(source, "unet/config.json")).parent
         for name in WEIGHT_FILES:
@@ -161,6 +163,8 @@ def read_tensors(path: Path) -> State:
     ldm = {name: tensor for name, tensor in state.items() if str(name).startswith(LDM_PREFIX)}
     if not ldm:
         return state
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
     try:
         state = convert_ldm_unet_checkpoint(ldm, {"layers_per_block": 2})
     except KeyError as error:

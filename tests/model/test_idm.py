@@ -117,7 +117,7 @@ def test_gradients_at_any_depth_and_shuffle():
 
 def test_gradients_where_a_batch_is_differentiated_in_parts(monkeypatch):
     """Three images, two at once, then one: against plain autograd in float64."""
-    monkeypatch.setattr(unet, "PLACES_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr(unet, "PIXELS_AT_ONCE", 2 * 16 * 16)
     torch.manual_seed(0)
     net = IDM((32, 64), 2).double()
     operator = BlockCompressedSensing.random((32, 32), 0.25, 16, torch.Generator().manual_seed(0)).double()
@@ -135,7 +135,7 @@ def test_gradients_where_a_batch_is_differentiated_in_parts(monkeypatch):
 
 
 def test_a_batch_whose_images_are_measured_differently_is_not_taken_apart(monkeypatch):
-    monkeypatch.setattr(unet, "PLACES_AT_ONCE", 16 * 16)
+    monkeypatch.setattr(unet, "PIXELS_AT_ONCE", 16 * 16)
     torch.manual_seed(0)
     net = IDM((32, 64), 1).double()
     phi = BlockCompressedSensing.random((32, 32), 0.25, 16, torch.Generator().manual_seed(0)).sampling_matrix.double()
@@ -218,7 +218,7 @@ def test_schedule():
     schedule = LearnedSchedule(3)
     with torch.no_grad():
         schedule.alpha.copy_(torch.tensor([0.5, 0.4, 0.25]))
-    assert torch.allclose(schedule(), torch.tensor([1, 0.5, 0.2, 0.05]))
+    assert torch.allclose(schedule(), torch.tensor([[1, 0.5, 0.2, 0.05]]))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -283,7 +283,7 @@ def test_compact_start():
     back_projection = operator.A_adjoint(y)
     with torch.no_grad():
         assert float((net(y, operator) - back_projection).norm() / back_projection.norm()) < 0.01
-        alpha_bar = net.schedule()
+        (alpha_bar,) = net.schedule()
         for step in (1, 2, 3):
             noisy, noise = torch.randn(2, 1, 1, 64, 64)
             features = pixel_unshuffle(torch.cat((2 * noisy, noise, -noise, torch.zeros_like(noise)), dim=1), 4)

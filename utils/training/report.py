@@ -18,6 +18,7 @@ from utils.training.run import Run
 from utils.training.settings import TEST_SEED
 
 POINTS = 50  # of TensorBoard's curves in an epoch
+SCALARS = 16  # numbers of a parameter that the record holds
 STRIPS = 4  # test pictures that TensorBoard shows
 
 
@@ -90,7 +91,10 @@ class Epoch:
         seconds = time.monotonic() - self.started
         scalars = {name: parameter.item() for name, parameter in run.net.named_parameters()
                    if name.endswith(".v") and parameter.numel() == 1}
-        alphas = run.net.schedule.alpha.tolist() if hasattr(run.net, "schedule") else []
+        # A DDPM has no schedule to learn.
+        learned = run.net.schedule.named_parameters() if hasattr(run.net, "schedule") else ()
+        schedule = {name: parameter.tolist() for name, parameter in learned
+                    if "." not in name and parameter.numel() <= SCALARS}
         return {
             "epoch": self.number,
             "iteration": progress.iteration,
@@ -102,7 +106,7 @@ class Epoch:
             "images_per_second": self.images_per_second(),
             "data_wait": waited / seconds,
             "peak_memory_mb": peak_memory(run) / 1e6,
-            "alpha": alphas,
+            **schedule,  # alpha, or what another schedule learns
             "v": scalars,
         }
 
@@ -128,7 +132,7 @@ def test_and_log(run: Run, record: dict[str, Any] | None) -> None:
     if not run.log:
         return
     curves = {name: record[name] for name in ("images_per_second", "data_wait", "peak_memory_mb", "skipped")}
-    curves |= {f"alpha/{t}": alpha for t, alpha in enumerate(record["alpha"], start=1)}
+    curves |= {f"alpha/{t}": alpha for t, alpha in enumerate(record.get("alpha", []), start=1)}
     curves |= {f"v/{name.removesuffix('.v')}": value for name, value in record["v"].items()}
     for ratio, scores in record["tests"].items():
         curves |= {f"{name}/{run.settings.testset_name} at {ratio}": value for name, value in scores.items()}

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import IDM, WeightsError
-from model.checkpoint import meant
+from model import IDM, WeightsError, checkpoint
 from model.weight_files import read_config
 from utils import files
 from utils.data.crops import NAMED, TrainingCrops
@@ -196,7 +195,11 @@ def build_run(settings: Settings, process: Process, crops: TrainingCrops, state:
 
 def build_idm(settings: Settings, process: Process, config: dict[str, Any] | None) -> IDM:
     """IDM as a state has it, or before training, for crops that it takes."""
-    net = IDM(**config) if config else build_network(settings, process)
+    source = f"the state in {settings.decay_from or settings.folder}"
+    try:
+        net = checkpoint.build(IDM, config, source) if config else build_network(settings, process)
+    except WeightsError as error:
+        raise UserError(str(error)) from error
     if (steps := net.config.num_steps) != settings.step_number:
         source = settings.decay_from or settings.base_model
         raise UserError(f"{source} takes {steps} steps; use --step_number {steps}")
@@ -216,18 +219,13 @@ def build_network(settings: Settings, process: Process) -> IDM:
                 return IDM.compact(width, steps, shuffle)
         except ValueError as error:
             raise UserError(f"--width {width} --shuffle {shuffle} make no network: {error}") from error
-    try:
-        with process.main_first():
-            if not holds_idm(Path(source)):
-                return IDM.from_unet(source, num_steps=steps)
-            return IDM.from_checkpoint(source)
-    except WeightsError as error:
-        raise UserError(str(error)) from error
+    with process.main_first():
+        return IDM.from_checkpoint(source) if holds_idm(Path(source)) else IDM.from_unet(source, num_steps=steps)
 
 
 def holds_idm(path: Path) -> bool:
     """Whether `path` is IDM itself: a .pkl, or what stands for a folder that `save_pretrained` wrote."""
     try:
-        return bool(read_config(meant(path), IDM.__name__))
+        return bool(read_config(checkpoint.meant(path), IDM.__name__))
     except WeightsError:
         return path.suffix == ".pkl"
