@@ -184,7 +184,9 @@ def read_pretrained(cls: type["IDM"], folder: Path, file: Path | None = None) ->
     files = weight_files(folder) if file is None else [folder / shard for shard in shards(file)] or [file]
     state = read_sharded(files)
     net = _without_values(cls, config, state, f"{folder}/config.json")
-    _load(net, nn.Module.named_parameters, state, folder)
+    # Weights older than the damping mean its initial values.
+    _load(net, lambda net: (each for each in net.named_parameters() if each[0] in state or each[0] != "log_damping"),
+          state, folder)
     return net.eval()
 
 
@@ -350,6 +352,6 @@ def _load(net: "IDM", names: Callable[["IDM"], Iterable[tuple[str, nn.Parameter]
     """Copy state[name] into each parameter; where anything does not fit, nothing is copied, nor memory asked for."""
     _check(list(names(net)), state, source)
     if any(parameter.is_meta for parameter in net.parameters()):
-        net.to_empty(device="cpu")
+        net.to_empty(device="cpu").reset_damping()  # of which the published format has none
     for name, parameter in names(net):
         parameter.copy_(state[name])

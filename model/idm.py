@@ -1,4 +1,5 @@
 """Level one: the sampling chain around the U-Net, and the class IDM (paper, section 3.1)."""
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 
 from . import checkpoint, compact_start, photograph, settings
 from .couplings import Swapped
-from .operators import LinearOperator, PaddedOperator
+from .operators import LinearOperator, PaddedOperator, dagger, warn_if_wrong
 from .reversible import ReversibleChain
 from .unet import UNet
 
+LOG_DAMPING = math.log(100.0)  # of λ/σ² before training: x₀ is taken to be off by 0.1
 INVERTIBLE = ("both", "sampling", "unet", "none")
 
 
@@ -27,15 +29,16 @@ class SamplingStep(nn.Module):
         unet: UNet,
         operator: LinearOperator,
         y: Tensor,
-        back_projection: Tensor,  # Aᵀy
+        back_projection: Tensor,  # A⁺y
         alpha_bar: Tensor,  # (batch or 1, T + 1)
+        damping: Tensor,  # λ_1, …, λ_T: (batch or 1, T)
         step: int,  # t
     ) -> Tensor:
         now, after = (alpha_bar[:, t].view(-1, 1, 1, 1) for t in (step, step - 1))
         noise = unet(F.pixel_unshuffle(x, unet.shuffle), back_projection, operator, step)
         noise = F.pixel_shuffle(noise, unet.shuffle).to(x.dtype)
         x0 = (x - (1 - now).sqrt() * noise) / now.sqrt()
-        x0 = x0 - operator.A_adjoint(operator.A(x0) - y)
+        x0 = x0 - dagger(operator, operator.A(x0) - y, damping[:, step - 1])
         if step == 1:  # ᾱ_0 = 1: no noise is left, and √(1 − ᾱ_0) has no derivative
             return x0
         return after.sqrt() * x0 + (1 - after).sqrt() * noise
@@ -109,6 +112,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.schedule = settings.schedule_of(self.config)
         self.input_scale = nn.Parameter(torch.ones(1))  # s_in
         self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
+        self.log_damping = nn.Parameter(torch.full((num_steps,), LOG_DAMPING))  # log(λ_t/σ²), t = 1, …, T
         self.steps = ReversibleChain(sampling_coupling(coupling_class) for _ in range(num_steps))  # t = T, …, 1
         self.store_every = 1
         self.invertible = "both"
@@ -168,15 +172,19 @@ class IDM(ModelMixin, ConfigMixin):
         self,
         y: Tensor,  # measurements, operator.A(x): (batch, H·W/N, M) of ours
         operator: LinearOperator,  # ours or deepinv's: a module with A and A_adjoint
+        noise_level: float | Tensor | None = None,  # σ of the noise in y, of all images or (batch,); None: 0
         steps: int | None = None,  # begin the chain at step t = steps, from 1 to T; None: T
     ) -> Tensor:
         """x̂, (batch, 1, H, W); not clamped.
 
+        Warns once of an operator that contradicts itself (see `check_operator`).
+
         Raises:
-            ValueError: where `steps` is not from 1 to T.
+            ValueError: where `steps` is not from 1 to T, or a noise level impossible.
             TypeError: where something that needs a gradient is hidden from the engine (see `ReversibleChain`).
         """
-        back_projection = operator.A_adjoint(y)
+        back_projection = dagger(operator, y)
+        warn_if_wrong(operator, back_projection)
         height, width = back_projection.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:
             operator = PaddedOperator(operator, (height, width), self.size_multiple)
@@ -184,9 +192,9 @@ class IDM(ModelMixin, ConfigMixin):
         last = self.config.num_steps if steps is None else steps
         if not 1 <= last <= self.config.num_steps:
             raise ValueError(f"steps must be from 1 to {self.config.num_steps}, not {steps}")
-        alpha_bar = self.schedule(back_projection)[:, :last + 1]
+        alpha_bar, damping = self.schedule(back_projection)[:, :last + 1], self._damping(noise_level, back_projection)
         x = alpha_bar[:, last].sqrt().view(-1, 1, 1, 1) * back_projection
-        contexts = [(self.unet, operator, y, back_projection, alpha_bar, step) for step in range(last, 0, -1)]
+        contexts = [(self.unet, operator, y, back_projection, alpha_bar, damping, step) for step in range(last, 0, -1)]
         chain = self.steps if last == self.config.num_steps else self.steps[-last:]
         x, h = chain(x, self.input_scale * x, contexts, store_every=self.store_every,
                      keep_last=self.store_every is not None, reversible=self.invertible in ("both", "sampling"))
@@ -216,6 +224,14 @@ class IDM(ModelMixin, ConfigMixin):
             ValueError: for an image of another type or shape, or an impossible ratio.
         """
         return photograph.reconstruct(self, image, cs_ratio, block_size, seed)
+
+    def _damping(self, noise_level: float | Tensor | None, like: Tensor) -> Tensor:
+        """λ_t(σ) = exp(log_damping_t) σ², (batch or 1, T): the variance of y's noise by that of the error of x₀."""
+        sigma = torch.as_tensor(0.0 if noise_level is None else noise_level, device=like.device).reshape(-1)
+        if len(sigma) not in (1, len(like)) or not bool((sigma.isfinite() & (sigma >= 0)).all()):
+            raise ValueError(f"noise_level must be at least 0, one number or one of each of the {len(like)} images, "
+                             f"not {noise_level}")
+        return sigma.to(self.log_damping.dtype)[:, None] ** 2 * self.log_damping.exp()
 
     def to(self, *args, **kwargs) -> "IDM":
         """As of any module; diffusers' own warns of parts kept in float32, of which there are none here."""
@@ -266,16 +282,28 @@ class IDM(ModelMixin, ConfigMixin):
             return checkpoint.read_pretrained(cls, folder, None if path.is_dir() else path)
         return checkpoint.build_official(cls, path)
 
+    def reset_damping(self) -> None:
+        """Set λ_t(σ) to what it is before training with noise."""
+        nn.init.constant_(self.log_damping, LOG_DAMPING)
+
+    @property
+    def _damping_is_initial(self) -> bool:
+        initial = torch.full_like(self.log_damping, LOG_DAMPING)
+        return self.log_damping.is_meta or torch.equal(self.log_damping, initial)
+
     @property
     def fits_official_format(self) -> bool:
-        """Whether all settings that leave no trace in the published format are the published ones."""
-        return not checkpoint.unofficial_settings(self.config)
+        """Whether all of which the published format keeps no trace is as published: some settings, and the damping."""
+        return not checkpoint.unofficial_settings(self.config) and self._damping_is_initial
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The published checkpoint format: every module of a chain under both of its names, sharing memory.
 
         Raises ValueError where the network does not fit the format.
         """
+        if not self._damping_is_initial:
+            raise ValueError("the published format has no damping, and this network's was trained with noise; "
+                             "use save_pretrained")
         if others := checkpoint.unofficial_settings(self.config):
             raise ValueError(f"the published format means {others}; use save_pretrained")
         return {name: tensor.detach() for name, tensor in checkpoint.official_names(self)}

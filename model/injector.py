@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .operators import LinearOperator
+from .operators import LinearOperator, dagger
 from .precision import FullPrecisionConv2d
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Injector(nn.Module):
-    """features + unlift([z, AᵀA z, Aᵀy]), where z = lift(features) is one image-sized channel.
+    """features + unlift([z, A⁺A z, A⁺y]), where z = lift(features) is one image-sized channel.
 
     For each sampling step t it has two 1×1 convolutions of its own.
 
@@ -39,10 +39,10 @@ class Injector(nn.Module):
     def forward(
         self,
         features: Tensor,  # (batch, channels, H/r, W/r)
-        back_projection: Tensor,  # Aᵀy, (batch, 1, H, W)
+        back_projection: Tensor,  # A⁺y, (batch, 1, H, W)
         operator: LinearOperator,
         step: int,  # t, from 1 to T
     ) -> Tensor:
         z = self.lift[step - 1](F.pixel_shuffle(features, self.factor)).to(back_projection.dtype)
-        image = torch.cat((z, operator.A_adjoint(operator.A(z)), back_projection), dim=1)
+        image = torch.cat((z, dagger(operator, operator.A(z)), back_projection), dim=1)
         return features + F.pixel_unshuffle(self.unlift[step - 1](image), self.factor)

@@ -1,7 +1,6 @@
 """What every measurement operator is: A takes an image to what the camera records, A_adjoint takes it back.
 
-Methods are named as deepinv names them (A, A_adjoint, A_dagger).  deepinv's linear physics with A Aᵀ = I serve here;
-ours serve there as `LinearPhysics(A=operator.A, A_adjoint=operator.A_adjoint)`.
+Methods are named as deepinv names them (A, A_adjoint, A_dagger); deepinv's linear physics serve here as they are.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -10,18 +9,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .least_squares import System, damped_inverse, per_image
+from .pseudo_inverse import dagger
+
 
 class LinearOperator(nn.Module):
-    """Base of all operators with A Aᵀ = I; a subclass gives `A` and `A_adjoint`.
+    """Base of all operators; a subclass gives `A` and `A_adjoint`, and where there is a closed form `A_dagger`.
 
     Being a module it moves with `.to(device)`, and the reversible engine finds its parameters, should it have any.
 
     Attributes:
         same_for_all: whether every image of a batch is measured alike, so that a batch may be taken apart, which saves
             memory in training; set it where that is so.
+        tight: whether A Aᵀ is the identity or a projection, so that A⁺ = Aᵀ and no equations need to be solved; set it
+            where that is so.
+        tolerance: of the conjugate gradients that A⁺ is else computed by, see `least_squares.System`.
+        max_iterations: of these.
     """
 
     same_for_all = False
+    tight = False
+    tolerance: float | None = None
+    max_iterations = 500
 
     @classmethod
     def shared(cls, generator: torch.Generator) -> dict[str, Any]:
@@ -49,9 +58,16 @@ class LinearOperator(nn.Module):
         """Aᵀy: images (batch, 1, H, W) from measurements."""
         raise NotImplementedError(f"{type(self).__name__} must define A_adjoint")
 
-    def A_dagger(self, y: Tensor) -> Tensor:
-        """A⁺y, the least-squares image of least norm; equal to Aᵀy since A Aᵀ = I."""
-        return self.A_adjoint(y)
+    def A_dagger(
+        self,
+        y: Tensor,
+        damping: Tensor | None = None,  # λ ≥ 0 of each image, (batch,) or (1,); None: 0
+    ) -> Tensor:
+        """Aᵀ(A Aᵀ + λI)⁻¹y; without damping A⁺y, the least-squares image of least norm."""
+        if not self.tight:
+            return damped_inverse(System(self, self.tolerance, self.max_iterations), y, damping)
+        x = self.A_adjoint(y)
+        return x if damping is None else x / (1 + per_image(damping, x))
 
     def measured(self, y: Tensor) -> float:
         """Return how many numbers y holds of an image, not counting those that are 0 by construction."""
@@ -68,6 +84,7 @@ class TransformedOperator(LinearOperator):
         super().__init__()
         self.operator = operator
         self.same_for_all = getattr(operator, "same_for_all", False)
+        self.tight = getattr(operator, "tight", False)
 
     def transform(self, x: Tensor) -> Tensor:
         """Return T x."""
@@ -83,8 +100,8 @@ class TransformedOperator(LinearOperator):
     def A_adjoint(self, y: Tensor) -> Tensor:
         return self.transform_adjoint(self.operator.A_adjoint(y))
 
-    def A_dagger(self, y: Tensor) -> Tensor:
-        return self.transform_adjoint(self.operator.A_dagger(y))
+    def A_dagger(self, y: Tensor, damping: Tensor | None = None) -> Tensor:
+        return self.transform_adjoint(dagger(self.operator, y, damping))
 
 
 class PaddedOperator(TransformedOperator):
@@ -115,22 +132,22 @@ class PerImageOperator(LinearOperator):
     def __init__(self, operators: Sequence[nn.Module]):
         super().__init__()
         self.operators = nn.ModuleList(operators)
+        self.tight = all(getattr(operator, "tight", False) for operator in operators)
 
     def A(self, x: Tensor) -> Tensor:
-        return self._each("A", x)
+        return torch.cat([operator.A(image) for operator, image in zip(self._each(x), x.split(1), strict=True)])
 
     def A_adjoint(self, y: Tensor) -> Tensor:
-        return self._each("A_adjoint", y)
+        return torch.cat([operator.A_adjoint(each) for operator, each in zip(self._each(y), y.split(1), strict=True)])
 
-    def A_dagger(self, y: Tensor) -> Tensor:
-        return self._each("A_dagger", y)
+    def A_dagger(self, y: Tensor, damping: Tensor | None = None) -> Tensor:
+        damping = [None] * len(y) if damping is None else damping.expand(len(y)).split(1)
+        return torch.cat([dagger(*each) for each in zip(self._each(y), y.split(1), damping, strict=True)])
 
     def measured(self, y: Tensor) -> float:
-        each = zip(self.operators, y.split(1), strict=True)
-        return sum(operator.measured(part) for operator, part in each) / len(y)
+        return sum(operator.measured(part) for operator, part in zip(self._each(y), y.split(1), strict=True)) / len(y)
 
-    def _each(self, method: str, batch: Tensor) -> Tensor:
+    def _each(self, batch: Tensor) -> nn.ModuleList:
         if len(batch) != len(self.operators):
             raise ValueError(f"there are operators for {len(self.operators)} images, not for {len(batch)}")
-        images = zip(self.operators, batch.split(1), strict=True)
-        return torch.cat([getattr(operator, method)(image) for operator, image in images])
+        return self.operators

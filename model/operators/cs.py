@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _Orthogonal
+from torch.nn.utils.parametrize import is_parametrized
 
 from .base import LinearOperator
 
@@ -11,16 +13,17 @@ from .base import LinearOperator
 class BlockCompressedSensing(LinearOperator):
     """The published operator: shuffle all pixels by π, cut into rows of N, multiply each row by Φ.
 
-    A x = (π x) Φ and Aᵀ y = π⁻¹ (y Φᵀ), with ΦᵀΦ = I, hence A Aᵀ = I.
+    A x = (π x) Φ and Aᵀ y = π⁻¹ (y Φᵀ), with ΦᵀΦ = I, hence A Aᵀ = I.  Where Φ's columns are not orthonormal, or it is
+    learned and `torch.nn.utils.parametrizations.orthogonal` does not keep them so, conjugate gradients compute A⁺.
 
     Args:
-        sampling_matrix: Φ, (N, M) with N = block_size² and orthonormal columns; an nn.Parameter is kept as one.
+        sampling_matrix: Φ, (N, M) with N = block_size²; an nn.Parameter is kept as one.
         permutation: π, int64; pixel `permutation[i]` of the flattened image goes to place i. (H·W,) serves images in
             batches of any size; (batch, H·W) measures each image of such a batch with its own.
         image_shape: (H, W), with H·W a multiple of N.
 
     Raises:
-        ValueError: where the shapes do not fit each other.
+        ValueError: where the shapes do not fit each other, or the permutation is none.
     """
 
     def __init__(self, sampling_matrix: Tensor, permutation: Tensor, image_shape: tuple[int, int]):
@@ -39,8 +42,14 @@ class BlockCompressedSensing(LinearOperator):
             self.sampling_matrix = sampling_matrix
         else:
             self.register_buffer("sampling_matrix", sampling_matrix)
+        sorted_permutation, inverse = permutation.sort(-1)
+        if permutation.device.type == "cpu":  # elsewhere one would wait for the device; check_operator finds it there
+            wrong = int((sorted_permutation != torch.arange(pixels)).sum())
+            if wrong:
+                raise ValueError(f"the permutation must have each of 0, …, {pixels - 1} once; {wrong} are amiss")
         self.register_buffer("permutation", permutation)
-        self.register_buffer("inverse_permutation", permutation.argsort(-1))
+        self.register_buffer("inverse_permutation", inverse)
+        self._orthonormal: bool | None = None  # not measured yet
 
     @classmethod
     def random(
@@ -59,7 +68,9 @@ class BlockCompressedSensing(LinearOperator):
         if sampling_matrix.device.type == "cuda":
             permutation = permutation.pin_memory()  # else the copy would wait for the device
         permutation = permutation.to(sampling_matrix.device, non_blocking=True)
-        return cls(sampling_matrix[:, :columns].contiguous(), permutation, image_shape)
+        operator = cls(sampling_matrix[:, :columns].contiguous(), permutation, image_shape)
+        operator._orthonormal = True
+        return operator
 
     @classmethod
     def shared(cls, generator: torch.Generator, block_size: int) -> dict[str, Tensor]:
@@ -74,7 +85,23 @@ class BlockCompressedSensing(LinearOperator):
     @classmethod
     def stacked(cls, operators: "Sequence[BlockCompressedSensing]") -> "BlockCompressedSensing":
         permutations = torch.stack([operator.permutation for operator in operators])
-        return cls(operators[0].sampling_matrix, permutations, operators[0].image_shape)
+        stacked = cls(operators[0].sampling_matrix, permutations, operators[0].image_shape)
+        stacked._orthonormal = operators[0]._orthonormal
+        return stacked
+
+    @property
+    def tight(self) -> bool:
+        """Whether ΦᵀΦ = I, as far as that is sure."""
+        if is_parametrized(self, "sampling_matrix"):
+            return any(isinstance(each, _Orthogonal) for each in self.parametrizations.sampling_matrix)
+        phi = self.sampling_matrix
+        if phi.requires_grad:
+            return False
+        if self._orthonormal is None:
+            gram = phi.detach().double().T @ phi.detach().double()
+            off = (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()
+            self._orthonormal = bool(off <= 1e-4 + 4 * torch.finfo(phi.dtype).eps)
+        return self._orthonormal
 
     def A(self, x: Tensor) -> Tensor:
         """(batch, 1, H, W) -> (batch, H·W/N, M), in the precision of Φ, under autocast too."""

@@ -143,6 +143,7 @@ def test_keys_and_shapes_at_full_width_are_the_published_ones():
         net = IDM()
     assert [(key, tuple(tensor.shape)) for key, tensor in net.official_state_dict().items()] == PUBLISHED_SHAPES
     parameters = dict(net.named_parameters())
+    assert len(parameters.pop("log_damping")) == 3  # of noise, which the published networks were not given
     assert sum(p.numel() for p in parameters.values()) == 115_265_799
     injectors = [p for name, p in parameters.items() if re.search(r"\.(lift|unlift)\.", name)]
     assert sum(p.numel() for p in injectors) == 18_060
