@@ -16,7 +16,7 @@ from .operators import LinearOperator, PaddedOperator, dagger, warn_if_wrong
 from .reversible import ReversibleChain
 from .unet import UNet
 
-LOG_DAMPING = math.log(100.0)  # of λ/σ² before training: x₀ is taken to be off by 0.1
+LOG_DAMPING = math.log(25.0)  # of λ/σ² before training with noise: x₀ is taken to be off by 0.2
 INVERTIBLE = ("both", "sampling", "unet", "none")
 
 
@@ -268,6 +268,16 @@ class IDM(ModelMixin, ConfigMixin):
             others: further arguments of `IDM`.
         """
         return checkpoint.build_on_unet(cls, source, num_steps, **others)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> Any:
+        """As of any model of diffusers; weights that are older than the damping get its initial values."""
+        found = super().from_pretrained(*args, **kwargs)
+        net = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        if net.log_damping.is_meta:
+            net.log_damping = nn.Parameter(torch.empty_like(net.log_damping, device=net.merge_scale.device))
+            net.reset_damping()
+        return found
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "IDM":

@@ -461,6 +461,20 @@ def test_our_folder_with_other_tensors_is_refused(own, change, names, quiet):
     refused(IDM.from_checkpoint, own, names=(own, *names))
 
 
+def test_weights_older_than_the_damping_mean_its_initial_values(own, narrow, tmp_path):
+    state = load_file(own / WEIGHTS)
+    del state["log_damping"]
+    save_file(state, own / WEIGHTS, {"format": "pt"})
+    published = IDM.from_checkpoint(saved(narrow, tmp_path / "a.pkl"))
+    for net in (IDM.from_checkpoint(own), IDM.from_pretrained(own), published):
+        assert torch.allclose(net.log_damping.exp(), torch.full((net.config.num_steps,), 25.0))
+    assert len(published.official_state_dict()) == len(narrow)
+    torch.nn.init.constant_(published.log_damping, 1.0)
+    assert not published.fits_official_format
+    with pytest.raises(ValueError, match="published format has no damping, and this network's was trained with noise"):
+        published.official_state_dict()
+
+
 @pytest.mark.parametrize(("config", "names"), [
     (None, ["there is no config.json"]),
     ("{", ["config.json cannot be read"]),
