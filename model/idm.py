@@ -55,11 +55,11 @@ class SamplingUpdate(nn.Module):
         self.step = SamplingStep()
 
     def forward(self, x: Tensor, unet: UNet, operator: LinearOperator, y: Tensor, back_projection: Tensor,
-                alpha_bar: Tensor, step: int) -> Tensor:
+                alpha_bar: Tensor, damping: Tensor, step: int) -> Tensor:
         """As `SamplingStep`, with ᾱ up to the step where the chain begins."""
         before = min(step + 1, alpha_bar.shape[1] - 1)
         scale = (alpha_bar[:, before] / alpha_bar[:, step]).sqrt().view(-1, 1, 1, 1)
-        return self.step(x, unet, operator, y, back_projection, alpha_bar, step) - scale * x
+        return self.step(x, unet, operator, y, back_projection, alpha_bar, damping, step) - scale * x
 
 
 def sampling_coupling(coupling: type[nn.Module]) -> nn.Module:

@@ -231,7 +231,7 @@ def test_the_sampling_step_is_the_proximal_step():
     for m in (matrix(10, 10, 16), torch.linalg.qr(matrix(16, 10, 16))[0][:, :10].T):
         operator = Dense(m, (4, 4))
         y = torch.randn(3, 10, dtype=torch.float64)
-        alpha_bar = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)  # x₀ = x̂
+        alpha_bar = torch.tensor([[1.0, 1.0, 1.0]], dtype=torch.float64)  # x₀ = x̂
         for step in (1, 2):
             lam = math.e**step * sigma**2
             ours = SamplingStep()(x, NoNoise(), operator, y, operator.A_dagger(y), alpha_bar, damping, step)
