@@ -224,8 +224,8 @@ def test_a_chain_begun_later_is_that_of_a_network_of_fewer_steps():
     net, fewer, (operator, y) = network(num_steps=3), network(num_steps=2), measured()
     state = {name: tensor for name, tensor in net.state_dict().items() if ".lift.2." not in name
              and ".unlift.2." not in name and name != "steps.0.v"}
-    state |= {"schedule.alpha": state["schedule.alpha"][:2], "steps.0.v": state["steps.1.v"],
-              "steps.1.v": state.pop("steps.2.v")}
+    state |= {"schedule.alpha": state["schedule.alpha"][:2], "log_damping": state["log_damping"][:2],
+              "steps.0.v": state["steps.1.v"], "steps.1.v": state.pop("steps.2.v")}
     fewer.load_state_dict(state)
     assert torch.allclose(net(y, operator, steps=2), fewer(y, operator), rtol=1e-12, atol=1e-12)
     for steps in (0, 4):
