@@ -280,6 +280,11 @@ class IDM(ModelMixin, ConfigMixin):
         return found
 
     @classmethod
+    def from_pretrained(cls, *args, **settings) -> "IDM":
+        """Load what `save_pretrained` wrote, as diffusers does, but without asking for the library accelerate."""
+        return super().from_pretrained(*args, **{"low_cpu_mem_usage": False, **settings})
+
+    @classmethod
     def from_checkpoint(cls, path: str | Path) -> "IDM":
         """Load a published checkpoint (.pkl), or a folder that `save_pretrained` wrote, or `train.py` did around it.
 
