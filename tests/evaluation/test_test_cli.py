@@ -186,6 +186,20 @@ def test_self_ensemble_is_announced_and_reconstructs_by_the_mean(place, tmp_path
     assert any(abs(result.psnr - expected[result.name]) > 1e-3 for result in plain)
 
 
+def test_attention_works_in_windows_where_asked(place, tmp_path, monkeypatch):
+    call(monkeypatch, place, "--testset_name", "set", "--block_size", "8", "--result_dir", str(tmp_path),
+         "--attention_window", "4")
+    net = IDM.from_checkpoint(place / "weight" / "compact")
+    pictures = load_testset("set", place / "data")
+    protocol = Protocol(Measurement(settings={"cs_ratio": 0.1, "block_size": 8}))
+    wide = {result.name: result.psnr for result in evaluate(net, pictures, protocol)}
+    net.attention_window = 4
+    expected = {result.name: result.psnr for result in evaluate(net, pictures, protocol)}
+    found = {name: row[0] for name, row in read_scores(tmp_path / "set" / "10").items()}
+    assert found == {name: pytest.approx(psnr, abs=1e-5) for name, psnr in expected.items()}
+    assert abs(found["grey"] - wide["grey"]) > 1e-4
+
+
 class Brightness(Metric):
     """Two toys: of single pictures, and of the set alone."""
 
@@ -260,7 +274,8 @@ def test_an_operator_and_metrics_from_outside_are_evaluated(place, tmp_path, mon
 
 
 def test_nothing_heavy_is_imported_unless_asked():
-    heavy = ["torchmetrics", "torchvision", "torch_fidelity", "lpips", "tensorboard", "matplotlib", "triton"]
+    heavy = ["torchmetrics", "torchvision", "torch_fidelity", "lpips", "tensorboard", "matplotlib", "triton",
+             "diffusers", "transformers", "huggingface_hub", "scipy"]  # the first three come with the network
     code = f"""
 import sys, runpy
 sys.argv = ["test.py", "--help"]
