@@ -271,18 +271,16 @@ class IDM(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Any:
-        """As of any model of diffusers; weights that are older than the damping get its initial values."""
-        found = super().from_pretrained(*args, **kwargs)
+        """As of any model of diffusers, but without asking for the library accelerate.
+
+        Weights that are older than the damping get its initial values.
+        """
+        found = super().from_pretrained(*args, **{"low_cpu_mem_usage": False, **kwargs})
         net = found[0] if isinstance(found, tuple) else found  # with output_loading_info
         if net.log_damping.is_meta:
             net.log_damping = nn.Parameter(torch.empty_like(net.log_damping, device=net.merge_scale.device))
             net.reset_damping()
         return found
-
-    @classmethod
-    def from_pretrained(cls, *args, **settings) -> "IDM":
-        """Load what `save_pretrained` wrote, as diffusers does, but without asking for the library accelerate."""
-        return super().from_pretrained(*args, **{"low_cpu_mem_usage": False, **settings})
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "IDM":
