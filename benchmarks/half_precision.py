@@ -140,7 +140,7 @@ class HalfOperator(LinearOperator):
 
     def __init__(self, operator: LinearOperator, half: torch.dtype):
         super().__init__()
-        self.operator = deepcopy(operator).to(half)
+        self.operator, self.tight = deepcopy(operator).to(half), operator.tight
 
     def A(self, x: Tensor) -> Tensor:
         return self.operator.A(x).float()
@@ -174,8 +174,9 @@ def _in_half(module: nn.Module, half: torch.dtype) -> Callable[..., Tensor]:
 def _half_sampling_step(step: nn.Module, half: torch.dtype) -> Callable[..., Tensor]:
     forward = step.forward
 
-    def half_step(x: Tensor, unet, operator, y, back_projection, alpha_bar: Tensor, t: int) -> Tensor:
-        return forward(x.to(half), unet, operator, y, back_projection, alpha_bar.to(half), t).to(half).float()
+    def half_step(x: Tensor, unet, operator, y, back_projection, alpha_bar: Tensor, damping: Tensor, t: int) -> Tensor:
+        inputs = unet, operator, y, back_projection, alpha_bar.to(half), damping
+        return forward(x.to(half), *inputs, t).to(half).float()
     return half_step
 
 

@@ -227,7 +227,9 @@ class IDM(ModelMixin, ConfigMixin):
 
     def _damping(self, noise_level: float | Tensor | None, like: Tensor) -> Tensor:
         """λ_t(σ) = exp(log_damping_t) σ², (batch or 1, T): the variance of y's noise by that of the error of x₀."""
-        sigma = torch.as_tensor(0.0 if noise_level is None else noise_level, device=like.device).reshape(-1)
+        if noise_level is None:
+            return 0 * self.log_damping.exp()[None]
+        sigma = torch.as_tensor(noise_level, device=like.device).reshape(-1)
         if len(sigma) not in (1, len(like)) or not bool((sigma.isfinite() & (sigma >= 0)).all()):
             raise ValueError(f"noise_level must be at least 0, one number or one of each of the {len(like)} images, "
                              f"not {noise_level}")

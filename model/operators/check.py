@@ -4,6 +4,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from .pseudo_inverse import dagger
 
@@ -31,7 +32,7 @@ def check_operator(
 
 def warn_if_wrong(operator: nn.Module, like: Tensor) -> None:
     """Check an operator on images of the shape of `like` (batch, channels, H, W), once; warn where it fails."""
-    if operator in _checked or torch.compiler.is_compiling() or like.is_meta:
+    if operator in _checked or torch.compiler.is_compiling() or like.is_meta or is_fake(like):
         return
     _checked.add(operator)
     try:

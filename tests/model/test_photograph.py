@@ -113,7 +113,8 @@ def test_the_last_estimate_is_the_output_where_nothing_is_mixed_in(net):
         alpha_bar = torch.cat((torch.ones(1), exact.schedule.alpha.cumprod(0)))[None]
         begun = alpha_bar[0, 2].sqrt() * estimates[0]  # x̂_2, from which two steps lead to the end
         for step in (2, 1):
-            begun = exact.steps[3 - step].body(begun, exact.unet, operator, y, operator.A_adjoint(y), alpha_bar, step)
+            begun = exact.steps[3 - step].body(begun, exact.unet, operator, y, operator.A_adjoint(y), alpha_bar,
+                                                      torch.zeros(1, 3), step)
         assert (begun - x_hat).abs().max() < 1e-5
 
 

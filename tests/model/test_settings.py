@@ -188,7 +188,7 @@ def test_the_sampling_chain_is_reversible_noise_injection():
         back, (alpha_bar,) = operator.A_adjoint(y), net.schedule()
         x2 = alpha_bar[2].sqrt() * back
         context = {"unet": net.unet, "operator": operator, "y": y, "back_projection": back,
-                   "alpha_bar": alpha_bar[None]}
+                   "alpha_bar": alpha_bar[None], "damping": torch.zeros(1, 2)}
         f2, f1 = (partial(net.steps[2 - step].coupling.f.step, **context, step=step) for step in (2, 1))
         x1 = net.input_scale * x2 + f2(x2) - x2
         x0 = x2 + f1(x1) - (alpha_bar[2] / alpha_bar[1]).sqrt() * x1
