@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.evaluation.metrics import Metric, Psnr, Ssim
 from utils.evaluation.protocol import Protocol
 from utils.evaluation.spreading import cost, spread
+from utils.measurement import Measurement
 
 Network = Callable[..., Tensor]  # (y, operator) -> x_hat (batch, 1, H, W); it may take noise_level=σ (batch,) as well
 Metrics = Mapping[str, Metric]  # by name, as in METRICS
@@ -67,21 +68,37 @@ class Scores:
         return self.values["ssim"]
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What is known of a batch of pictures of one padded size."""
+
+    y: Tensor
+    operator: nn.Module
+    noise_level: Tensor | None  # σ (batch,)
+    numbers: float  # in y, of a picture
+
+
+def measure(pictures: list[Picture], measurement: Measurement, shared: Mapping[str, Any],
+            device: torch.device) -> Measured:
+    """Measure pictures of one padded size, each by its own operator; `shared` is what `measurement.shared` drew."""
+    files = [picture.file or picture.name for picture in pictures]
+    x = torch.stack([pad_to_multiple(torch.from_numpy(picture.luminance)[None].float() / 255, measurement.side_multiple)
+                     for picture in pictures]).to(device)
+    operator = measurement.draw_for(files, x.shape[-2:], shared).to(device)
+    y = operator.A(x)
+    numbers = operator.measured(y)
+    y, noise_level = measurement.add_noise(y, [measurement.generator(file, "noise") for file in files])
+    return Measured(y, operator, noise_level, numbers)
+
+
 def reconstruct(net: "Reconstructor", pictures: list[Picture], protocol: Protocol) -> tuple[Tensor, float, float]:
-    """Measure pictures of one padded size, each by its own operator, and recover them from their measurements alone.
+    """Measure pictures of one padded size and recover them from their measurements alone.
 
     Returns x_hat (batch, 1, H, W), the seconds it took, and how many numbers were measured of an image.
     """
-    measurement, files = protocol.measurement, [picture.file or picture.name for picture in pictures]
-    x = torch.stack([pad_to_multiple(torch.from_numpy(picture.luminance)[None].float() / 255, measurement.side_multiple)
-                     for picture in pictures]).to(net.device)
-    operator = measurement.draw_for(files, x.shape[-2:], net.shared).to(net.device)
-
-    y = operator.A(x)
-    measured = operator.measured(y)
-    y, noise_level = measurement.add_noise(y, [measurement.generator(file, "noise") for file in files])
-    x_hat, seconds = net(y, operator, noise_level)
-    return x_hat, seconds, measured
+    measured = measure(pictures, protocol.measurement, net.shared, net.device)
+    x_hat, seconds = net(measured.y, measured.operator, measured.noise_level)
+    return x_hat, seconds, measured.numbers
 
 
 def evaluate(
@@ -154,16 +171,25 @@ def _evaluate(net: Network, jobs: list[list[Picture]], protocol: Protocol, devic
     for batch in jobs:
         with memory_suffices(_purpose(batch, device)):
             x_hat, seconds, measured = reconstruct(reconstructor, batch, protocol)
-        # Clamping would make a plausible white of an overflow: what is not finite becomes nan, and so does the score.
-        x_hat = x_hat[:, 0].float()
-        x_hat = torch.where(x_hat.isfinite(), x_hat.clamp(0, 1) * 255, torch.nan).cpu().numpy()
         for picture, found in zip(batch, x_hat, strict=True):
-            truth = picture.luminance
-            found = found[:truth.shape[0], :truth.shape[1]]
-            with torch.no_grad():  # some metrics are networks
-                scores = {name: metric(truth, found) for name, metric in metrics.items()}
-            yield Result(picture.name, {name: score for name, score in scores.items() if score is not None},
-                         seconds / len(batch), measured / truth.size, found)
+            yield score(picture, found, seconds / len(batch), measured, metrics)
+
+
+def score(picture: Picture, x_hat: Tensor, seconds: float, numbers: float, metrics: Metrics = STANDARD) -> Result:
+    """Return the result of a picture, of which `numbers` numbers were measured, from x_hat (1, H, W)."""
+    truth, found = picture.luminance, in_255(x_hat, picture.luminance.shape)
+    scores = {name: metric(truth, found) for name, metric in metrics.items()}
+    return Result(picture.name, {name: value for name, value in scores.items() if value is not None},
+                  seconds, numbers / truth.size, found)
+
+
+def in_255(x: Tensor, shape: tuple[int, int]) -> np.ndarray:
+    """Return an image (1, H, W) in [0, 1] as luminance in [0, 255], float32, without padding.
+
+    Clamping would make a plausible white of an overflow: what is not finite becomes nan, and so does the score.
+    """
+    x = x[0, :shape[0], :shape[1]].float()
+    return torch.where(x.isfinite(), x.clamp(0, 1) * 255, torch.nan).cpu().numpy()
 
 
 class Reconstructor:
@@ -174,12 +200,10 @@ class Reconstructor:
         self.shared = protocol.measurement.shared(device)
         self.compiled = isinstance(net, nn.Module) and any(module._compiled_call_impl for module in net.modules())
         self.tried: set[tuple[int, ...]] = set()  # shapes
-        function = net.forward if isinstance(net, nn.Module) else net
-        self.takes_noise_level = "noise_level" in inspect.signature(function).parameters
 
     def __call__(self, y: Tensor, operator: nn.Module, noise_level: Tensor | None) -> tuple[Tensor, float]:
         """Return x_hat and the seconds that it took."""
-        told = {"noise_level": noise_level} if self.takes_noise_level and noise_level is not None else {}
+        told = settings_for(self.net, noise_level)
         # The first time on a GPU also loads and chooses kernels; the first time of each size also compiles.
         first = tuple(operator.A_adjoint(y).shape) if self.compiled else ()
         if (self.compiled or self.device.type == "cuda") and first not in self.tried:
@@ -193,6 +217,13 @@ class Reconstructor:
     def _reconstruct(self, y: Tensor, operator: nn.Module, told: dict[str, Any]) -> Tensor:
         with computing_in(self.precision, self.device):
             return self.net(y, operator, **told)
+
+
+def settings_for(net: Network, noise_level: Tensor | None) -> dict[str, Tensor]:
+    """Return σ as a keyword argument for a network that takes it."""
+    function = net.forward if isinstance(net, nn.Module) else net
+    takes_it = "noise_level" in inspect.signature(function).parameters
+    return {"noise_level": noise_level} if takes_it and noise_level is not None else {}
 
 
 def _purpose(batch: list[Picture], device: torch.device) -> str:
