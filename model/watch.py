@@ -51,7 +51,7 @@ class _Progress:
     def begin(self, unet: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Find out, before each pass of the U-Net, what there is to do: `inputs` begin with its image."""
         batch, _, height, width = inputs[0].shape
-        windows = getattr(self.net, "attention_window", (None, None))
+        windows = self.net.attention_window
         for block, scale in self.blocks.items():
             tokens = height * width / 4**scale
             self.work[block] = batch * tokens * sum(parameter.numel() for parameter in block.parameters())
