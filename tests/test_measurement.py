@@ -107,6 +107,8 @@ def test_settings_are_read_by_the_signature():
     measurement = Measurement("mask", settings, noise=(0.05, 0.05))
     assert measurement.name == "mask_keep_0.5_rows_3_kind_bars_wrap_True_file_mask_noise_0.05"
     assert measurement.side_multiple == 3
+    assert Measurement("mask", {"keep": 0.5}).name == "mask_keep_0.5"
+    assert Measurement("mask", {"keep": 0.5, "wrap": True}).title == "mask keep=0.5 wrap=True"
     assert Measurement("mask", {"keep": 0.5}).settings == {"keep": 0.5, "rows": 1, "kind": "dots", "wrap": False,
                                                             "file": None}
 

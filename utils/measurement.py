@@ -106,7 +106,7 @@ class Measurement:
     @property
     def described(self) -> str:
         """The settings as a user gives them: cs_ratio=0.1 block_size=32."""
-        return " ".join(f"{name}={value}" for name, value in self.settings.items() if value is not None)
+        return " ".join(f"{name}={value}" for name, value in self._telling().items())
 
     @property
     def title(self) -> str:
@@ -132,12 +132,16 @@ class Measurement:
             return published + self._suffix()
         return f"{self.operator}{self._suffix()}_T_{step_number}"
 
+    def _telling(self) -> dict[str, Any]:
+        """The settings that tell a measurement from others: the first, and what differs from its default."""
+        known = setting_parameters(self.operator)
+        return {name: value for number, (name, value) in enumerate(self.settings.items())
+                if value is not None and (number == 0 or value != known[name].default)}
+
     def _suffix(self) -> str:
         """Settings and noise as a part of a file's name; of cs no setting that is published."""
-        known = setting_parameters(self.operator)
-        named = {name: value for name, value in self.settings.items() if value is not None and not (
-            self.operator == "cs" and (name in PUBLISHED or value == known[name].default))}
-        words = [f"{name}_{_written(value)}" for name, value in named.items()]
+        words = [f"{name}_{_written(value)}" for name, value in self._telling().items()
+                 if self.operator != "cs" or name not in PUBLISHED]
         low, high = self.noise
         if high > 0:
             words.append(f"noise_{high:.10g}" if low == high else f"noise_{low:.10g}-{high:.10g}")

@@ -253,7 +253,7 @@ def test_an_operator_and_metrics_from_outside_are_evaluated(place, tmp_path, mon
     monkeypatch.setattr(IDM, "forward", lambda self, y, operator: operator.A_adjoint(y))
     call(monkeypatch, place, "--testset_name", "set/other", "--operator", "dots", "--operator_settings", "keep=0.5",
          "--metrics", "Light/count", "--result_dir", str(tmp_path))
-    folder = tmp_path / "set" / "dots_keep_0.5_rows_1"
+    folder = tmp_path / "set" / "dots_keep_0.5"
     with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert list(rows) == sorted(SIZES) and list(rows["grey"]) == ["name", "psnr", "ssim", "seconds", "light"]
@@ -266,10 +266,10 @@ def test_an_operator_and_metrics_from_outside_are_evaluated(place, tmp_path, mon
         assert float(row["light"]) == pytest.approx(pixels.mean())
         lights.append(pixels.mean())
     out = capsys.readouterr().out
-    assert "there are no weights for dots_keep_0.5_rows_1 in weight; these were trained for cs\n" in out
+    assert "there are no weights for dots_keep_0.5 in weight; these were trained for cs\n" in out
     assert f"Light: {np.mean(lights):.3f} cd  Count: 3.0  " in out and "0.5" in out.split("measurements a pixel")[0]
     head, first, _ = out.rstrip().split("\n\n")[-1].splitlines()
-    assert head.startswith("PSNR (dB) ↑ / SSIM ↑ / Light (cd) ↓ / Count ↑ / seconds an image  dots keep=0.5 rows=1")
+    assert head.startswith("PSNR (dB) ↑ / SSIM ↑ / Light (cd) ↓ / Count ↑ / seconds an image  dots keep=0.5")
     assert f" / {np.mean(lights):.3f} / 3.0 / " in first
 
 
