@@ -37,3 +37,8 @@ def cpu_name() -> str:
 def save_results(path: Path, results: dict) -> None:
     """Write results as JSON, whole or not at all."""
     write_atomic(path, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def load_results(path: Path) -> dict:
+    """Read what `save_results` wrote; an empty dictionary where there is nothing yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
