@@ -2,6 +2,7 @@
 
     python test.py --cs_ratio 0.1/0.3/0.5 --testset_name Set11,CBSD68
     python test.py --operator inpainting --operator_settings keep=0.5 --noise 0.02
+    python test.py --method ddnm --weights weight/ddpm --sampling_steps 100
     python -m torch.distributed.run --nproc_per_node 4 test.py --cs_ratio 0.1
 
 Of every picture x, `utils.evaluation.evaluate.reconstruct` measures y = operator.A(x), and the network recovers
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from baselines.flags import DdnmFlags, add_ddnm_flags, refuse_ddnm_flags
 from model import WeightsError
 from utils import distributed
 from utils.data.images import remove_former, write_reconstruction
@@ -30,7 +32,7 @@ from utils.evaluation.speed import compile_blocks, pick_precision
 from utils.files import lock_folder, make_folder, remove
 from utils.flags import Parser, file_path, integer, several
 from utils.measurement_flags import add_measurement_flags, measurements
-from utils.weights import PUBLISHED_EPOCH, WeightFlags, load_network
+from utils.weights import PUBLISHED_EPOCH, WeightFlags
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def main() -> None:
     args = parse_arguments()
     measured = measurements(args.operator, args.operator_settings, args.cs_ratio, args.block_size, args.noise,
                             args.seed)
-    search = WeightFlags(args.weights, args.model_dir, args.epoch, args.step_number)
+    search = weight_flags(args)
     weights = [search.find(measurement) for measurement in measured]
     testsets = [open_testset(name, args.data_dir, args.result_dir)
                 for name in testset_names(args.testset_name, args.data_dir)]
@@ -56,8 +58,8 @@ def main() -> None:
     loaded, scores = None, {}
     for measurement, path in zip(measured, weights, strict=True):
         if path != loaded:
-            net, loaded = load_network(path, process.device), path
-            process.print(opening(path, net, process, args.precision, args.self_ensemble))
+            net, loaded = search.load(path, process.device), path
+            process.print(opening(path, net, search.described(net), process, args))
             for line in search.notes(path, net, measurement):
                 process.print(line)
             if args.compile:
@@ -128,13 +130,21 @@ def in_precision(precision: str, protocol: Protocol, process: Process, net: Netw
     return replace(protocol, precision=precision)
 
 
-def opening(path: Path, net: Network, process: Process, precision: str, ensemble: bool) -> str:
+def weight_flags(args: argparse.Namespace) -> WeightFlags | DdnmFlags:
+    """Return what finds, loads and describes the network of --method."""
+    if args.method == "ddnm":
+        return DdnmFlags.of(args)
+    refuse_ddnm_flags(args)
+    return WeightFlags(args.weights, args.model_dir, args.epoch, args.step_number)
+
+
+def opening(path: Path, net: Network, described: str, process: Process, args: argparse.Namespace) -> str:
     """Return the first line: which weights, of what size, on what."""
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    extras = [", self-ensemble of 8 orientations"] * ensemble
+    extras = [", self-ensemble of 8 orientations"] * args.self_ensemble
     extras += [f", {process.world_size} processes"] * (process.world_size > 1)
-    return (f"{printable(str(path))}: {parameters:,} parameters, T = {net.config.num_steps}, on {process.device} in "
-            f"{precision}{''.join(extras)}")
+    return (f"{printable(str(path))}: {parameters:,} parameters, {described}, on {process.device} in "
+            f"{args.precision}{''.join(extras)}")
 
 
 def self_ensemble(net: Network) -> Network:
@@ -165,6 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--result_dir", type=file_path, default="result", help="folder for reconstructions and scores")
     add("--weights", type=file_path,
         help="a published .pkl or a folder of train.py, instead of looking in the folder of the weights")
+    add_ddnm_flags(parser)
     add("--device", help="cpu, cuda, cuda:1, ...; the first GPU, where there is one, if not given")
     add("--precision", choices=(*PRECISIONS, "auto"), default="fp32",
         help="what the network computes in; auto: the fastest that costs at most 0.01 dB on the first pictures")

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 Estimator = Callable[[Tensor, int], Tensor]  # (x_i (batch, C, H, W), i) -> ε of the same shape
 TOLERANCE = 1e-3  # relative, of the test whether all singular values are one
 
@@ -76,7 +78,7 @@ def ddnm(
 ) -> Tensor:
     """Return images (batch, C, H, W), about in [0, 1], not clamped, with A x̂ = y where y is without noise.
 
-    Raises ValueError where y is noisy and the operator has more than one singular value.
+    Raises UserError where y is noisy and the operator has more than one singular value.
     """
     x = x0 = draw()
     eta = sampling.eta
@@ -106,7 +108,7 @@ def ddnm(
 def _noise_in_range(operator, x: Tensor, noise_level: float | Tensor) -> Tensor | None:
     """Return the standard deviation of the noise in A⁺y, for images in [-1, 1], (batch or 1, 1, 1, 1); None without.
 
-    It is 2 σ / s, s the singular value of A. Raises ValueError where singular values differ, for then there is no one.
+    It is 2 σ / s, s the singular value of A. Raises UserError where singular values differ, for then there is no one.
     """
     levels = torch.as_tensor(noise_level, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
     if not levels.any():
@@ -115,5 +117,6 @@ def _noise_in_range(operator, x: Tensor, noise_level: float | Tensor) -> Tensor 
     w = operator.A_adjoint(operator.A(v))
     squared = (w * v).sum() / (v * v).sum()  # v is in the range of Aᵀ, where AᵀA is s²
     if (w - squared * v).norm() > TOLERANCE * w.norm():
-        raise ValueError("DDNM+ (noise_level above 0) needs a tight operator, one whose singular values are all alike")
+        raise UserError("DDNM cannot allow for noise with this operator: it needs a tight one, all of whose singular "
+                        "values are alike; measure without noise")
     return 2 * levels / squared.sqrt()

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from baselines.ddnm import Sampling, ddnm
@@ -70,7 +71,8 @@ class DDNM(nn.Module):
         if scheduler.config.prediction_type != "epsilon":
             raise UserError(f"the DDPM estimates {scheduler.config.prediction_type}; DDNM needs one that estimates the "
                             "noise (prediction_type epsilon)")
-        sampling.times(scheduler.config.num_train_timesteps)  # raises where there are too many steps
+        if sampling.steps > (most := scheduler.config.num_train_timesteps):
+            raise UserError(f"the DDPM has {most} steps; DDNM can take no more, not {sampling.steps}")
         self.unet, self.sampling, self.seed = unet.eval(), sampling, seed
         alpha_bar = scheduler.alphas_cumprod.float()
         self.register_buffer("alpha_bar", torch.cat((alpha_bar.new_ones(1), alpha_bar)), persistent=False)
@@ -88,12 +90,12 @@ class DDNM(nn.Module):
         noise_level: float | Tensor | None = None,  # standard deviation of the noise in y, or (batch,) of them; None:
         # what `sampling` says
     ) -> Tensor:
-        """Return x̂ (batch, C, H, W), about in [0, 1]; raises ValueError where operator and network do not fit."""
+        """Return x̂ (batch, C, H, W), about in [0, 1]; raises UserError where operator and network do not fit."""
         back_projection = operator.A_dagger(y)
         batch, channels, height, width = back_projection.shape
         wanted = self.unet.config.in_channels
         if channels not in (1, wanted):
-            raise ValueError(f"the operator measures images of {channels} channels, the DDPM is for {wanted}")
+            raise UserError(f"the operator measures images of {channels} channels, the DDPM is for {wanted}")
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw() -> Tensor:
@@ -137,11 +139,14 @@ def load_ddpm(source: str | Path) -> tuple[UNet2DModel, DDPMScheduler]:
 
     Raises UserError where there is none.
     """
+    logging.disable_progress_bar()  # of two small files
     try:
         pipeline = DDPMPipeline.from_pretrained(source, dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"cannot load a DDPM from {source} ({first_line(error)}); name a folder or a hub id of a "
                         "DDPM pipeline of diffusers") from error
+    finally:
+        logging.enable_progress_bar()
     if not isinstance(pipeline.unet, UNet2DModel):
         raise UserError(f"the network of {source} is a {type(pipeline.unet).__name__}; DDNM needs a UNet2DModel")
     return pipeline.unet, pipeline.scheduler

@@ -64,6 +64,14 @@ class WeightFlags:
             raise UserError(f"{folder} holds {listed(others)}, but not {self.file}; choose an --epoch")
         return None
 
+    def load(self, path: Path, device: torch.device) -> "IDM":
+        """Return the network of these weights on the device; raises WeightsError and UserError."""
+        return load_network(path, device)
+
+    def described(self, net: "IDM") -> str:
+        """Return what the first line says of the network."""
+        return f"T = {net.config.num_steps}"
+
     def notes(self, path: Path, net: "IDM", measurement: Measurement) -> list[str]:
         """Return what is to be said of the weights that were loaded from `path`: flags that do not apply to them."""
         notes, steps = [], net.config.num_steps

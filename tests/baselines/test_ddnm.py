@@ -9,6 +9,7 @@ from torch import Tensor
 
 from baselines.ddnm import Sampling, ddnm
 from model import BlockCompressedSensing
+from utils.errors import UserError
 
 SIDE = 4
 PIXELS = SIDE * SIDE
@@ -193,5 +194,5 @@ def test_noise_needs_a_tight_operator():
 
     op = Uneven(operator().tight, 1.0)
     x = torch.rand(1, 1, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="tight"):
+    with pytest.raises(UserError, match="tight"):
         ddnm(op.A(x), op, WHITE.estimate_noise, torch.from_numpy(ALPHA_BAR), Sampling(5, noise_level=0.1), lambda: x)

@@ -105,7 +105,7 @@ def test_what_ddnm_cannot_use_is_answered_by_a_sentence(tmp_path):
         DDNM(tiny(4), schedule(), Sampling())
     with pytest.raises(UserError, match="estimates v_prediction"):
         DDNM(tiny(), DDPMScheduler(prediction_type="v_prediction"), Sampling())
-    with pytest.raises(ValueError, match="at most 1000"):
+    with pytest.raises(UserError, match="has 1000 steps"):
         DDNM(tiny(), schedule(), Sampling(1001))
 
 
