@@ -5,8 +5,9 @@ A coupling is a module with two methods, which are all that `ReversibleChain` ne
     forward(x1, x2, *context) -> (y1, y2)
     inverse(y1, y2, *context) -> (x1, x2)
 
-Another one is such a class and a line in `COUPLINGS`.  It may add `rebuild`, as here, where the streams can be rebuilt
-and differentiated at the cost of computing its bodies once instead of twice.
+Another one is such a class and a line in `COUPLINGS`.  It may add, as `WeightedCoupling` does, `rebuild`, where streams
+can be rebuilt and differentiated at the cost of computing its bodies once instead of twice, and `amplification`, by how
+much its inverse enlarges errors.
 """
 from typing import Any, ClassVar
 
@@ -49,6 +50,11 @@ class WeightedCoupling(nn.Module):
 
     def _f(self, x1: Tensor, context: tuple) -> Tensor:
         return self.body(x1, *context).to(x1.dtype)  # the streams keep their precision, whatever f computes in
+
+    @property
+    def amplification(self) -> Tensor:
+        """By how much the inverse enlarges an error of y₁: 1 / |v|."""
+        return 1 / self.v.detach().abs()
 
     def mix(self, fx: Tensor, x2: Tensor) -> Tensor:
         """Return y₁ of f(x₁) and x₂."""

@@ -14,10 +14,11 @@ from . import checkpoint, compact_start, photograph, settings
 from .couplings import Swapped
 from .operators import LinearOperator, PaddedOperator, dagger, warn_if_wrong
 from .reversible import ReversibleChain
-from .unet import UNet
+from .unet import Reversal, UNet
 
 LOG_DAMPING = math.log(25.0)  # of λ/σ² before training with noise: x₀ is taken to be off by 0.2
 INVERTIBLE = ("both", "sampling", "unet", "none")
+PIXELS_AT_ONCE = 2**14  # of the features at the first scale, differentiated at once: enough to fill a GPU
 
 
 class SamplingStep(nn.Module):
@@ -114,7 +115,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
         self.log_damping = nn.Parameter(torch.full((num_steps,), LOG_DAMPING))  # log(λ_t/σ²), t = 1, …, T
         self.steps = ReversibleChain(sampling_coupling(coupling_class) for _ in range(num_steps))  # t = T, …, 1
-        self.store_every = 1
+        self._store_every = 1
         self.invertible = "both"
 
     @property
@@ -132,11 +133,11 @@ class IDM(ModelMixin, ConfigMixin):
         if levels not in INVERTIBLE:
             raise ValueError(f"invertible must be one of {', '.join(INVERTIBLE)}, not {levels!r}")
         self._invertible = levels
-        self.unet.reversible = levels in ("both", "unet")
+        self._set_reversal()
 
     @property
     def store_every(self) -> int | None:
-        """Level one keeps its two images every so many steps (1: exact gradients), or never (None: as published)."""
+        """Reversible levels keep the streams every so many couplings (1: exact), or never (None: as published)."""
         return self._store_every
 
     @store_every.setter
@@ -144,6 +145,12 @@ class IDM(ModelMixin, ConfigMixin):
         if steps is not None and steps < 1:
             raise ValueError(f"store_every must be None or at least 1, not {steps}")
         self._store_every = steps
+        self._set_reversal()
+
+    def _set_reversal(self) -> None:
+        # Where level one is reversible, one step's graph exists at a time: what stands between chains can stay in it.
+        self.unet.reversal = Reversal(self.invertible in ("both", "unet"), self.store_every,
+                                      entries=self.invertible == "unet")
 
     @property
     def attention_window(self) -> tuple[int | None, int | None]:
@@ -193,13 +200,34 @@ class IDM(ModelMixin, ConfigMixin):
         if not 1 <= last <= self.config.num_steps:
             raise ValueError(f"steps must be from 1 to {self.config.num_steps}, not {steps}")
         alpha_bar, damping = self.schedule(back_projection)[:, :last + 1], self._damping(noise_level, back_projection)
+        parts = self._parts(operator, y, back_projection, alpha_bar, damping)
+        x = torch.cat([self._sample(operator, *part, last, keep_last=part is parts[-1]) for part in parts])
+        x = x[..., :height, :width]
+        return x if last == self.config.num_steps else x + self._zero_of_all_parameters()
+
+    def _parts(self, operator: LinearOperator, y: Tensor, back_projection: Tensor, *of_images: Tensor
+               ) -> list[tuple[Tensor, ...]]:
+        """Take a batch apart into as many images at a time as fill a GPU, where it is differentiated reversibly.
+
+        Backward then has the graphs of these alone.  The images must be measured alike.
+        """
+        tensors, (batch, _, height, width) = (y, back_projection, *of_images), back_projection.shape
+        size = max(1, PIXELS_AT_ONCE * self.config.shuffle**2 // (height * width))
+        apart = getattr(operator, "same_for_all", False)  # another library's operator may hold something of each image
+        if size >= batch or self.invertible == "none" or not (apart and torch.is_grad_enabled()):
+            return [tensors]
+        return list(zip(*(each.expand(batch, *each.shape[1:]).split(size) for each in tensors), strict=True))
+
+    def _sample(self, operator: LinearOperator, y: Tensor, back_projection: Tensor, alpha_bar: Tensor, damping: Tensor,
+                last: int, keep_last: bool) -> Tensor:
+        """Run the chain from step t = last; `keep_last`: keep the graph of its last step, which is computed once."""
         x = alpha_bar[:, last].sqrt().view(-1, 1, 1, 1) * back_projection
         contexts = [(self.unet, operator, y, back_projection, alpha_bar, damping, step) for step in range(last, 0, -1)]
         chain = self.steps if last == self.config.num_steps else self.steps[-last:]
         x, h = chain(x, self.input_scale * x, contexts, store_every=self.store_every,
-                     keep_last=self.store_every is not None, reversible=self.invertible in ("both", "sampling"))
-        x = (x + self.merge_scale * h)[..., :height, :width]
-        return x if last == self.config.num_steps else x + self._zero_of_all_parameters()
+                     keep_last=keep_last and self.store_every is not None,
+                     reversible=self.invertible in ("both", "sampling"))
+        return x + self.merge_scale * h
 
     def _zero_of_all_parameters(self) -> Tensor:
         """0, with a gradient of 0 in every parameter: what fewer steps do not use has one all the same.

@@ -1,33 +1,36 @@
 """Chains of couplings that run without keeping activations: the engine of invertible training.
 
 A coupling turns two streams into two others and back (couplings.py).  Forward, a chain runs its couplings without a
-graph and keeps its two output streams.  Backward, it walks from the end: rebuild a coupling's input from its output,
-compute the coupling once more with a graph, and differentiate it alone.  Everything a coupling reads that can have a
-gradient (streams, context, parameters) is an explicit input of the autograd function and has its gradient returned, so
-that accumulation, hooks, DistributedDataParallel and repeated use are autograd's own.
-
-This file knows nothing of images, operators, diffusion, or what a coupling computes.  A coupling must be deterministic,
-for it is computed twice, and one thread at a time may differentiate a module.
+graph and keeps the streams between them, or fewer.  Backward, it walks from the end: compute a coupling once more with
+a graph, on the streams that were kept or, where they were not, on streams rebuilt from the coupling's output, and
+differentiate it alone.  Everything a coupling reads that can have a gradient (streams, context, parameters) is an
+explicit input of the autograd function and has its gradient returned, so that accumulation, hooks,
+DistributedDataParallel and repeated use are autograd's own.  What it takes to compute a coupling twice is in
+recompute.py.  This file knows nothing of images, operators, diffusion, or what a coupling computes.
 """
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .recompute import Call, Inputs, Tensors, refuse_hidden, version_of
+
+Streams = tuple[Tensor, Tensor]
+BEARABLE = 0.1  # growth of rounding errors times the precision, above which gradients of an inverted chain are off
 
 
 class ReversibleChain(nn.ModuleList):
     """Couplings one after the other: modules with a `forward` and an `inverse` (see couplings.py).
 
     A context, one tuple a coupling, is what it reads beside its streams; it may hold tuples in turn.  Tensors in it,
-    and parameters and buffers of modules in it, are differentiated like all else.  Nowhere else may a tensor hide that
-    needs a gradient, which would be lost: objects and modules with one among their attributes, or in a list, tuple or
-    dictionary there, are refused, and so are contexts with lists and dictionaries.  What lies deeper, or in a closure,
-    is not found.
+    and parameters and buffers of modules in it, are differentiated like all else.  A tensor that needs a gradient and
+    that a coupling takes from elsewhere is refused in backward; so is what is not computed alike twice.
     """
 
     def forward(
@@ -37,29 +40,35 @@ class ReversibleChain(nn.ModuleList):
         contexts: Sequence[tuple] | None = None,  # one tuple a coupling; None: no coupling has any
         *,
         reversible: bool = True,  # False: plain autograd, which keeps every activation
-        store_every: int | None = None,  # keep the streams every k couplings (1: exact); None: invert all
-        keep_last: bool = False,  # keep the last coupling's graph: it is computed once, and held till backward
-    ) -> tuple[Tensor, Tensor]:
-        """(y1, y2), the streams after the last coupling.
+        store_every: int | None = 1,  # keep the streams every k couplings (1: exact); None: invert all
+        keep_last: int = 0,  # keep the graphs of so many couplings at the end, which are then computed once
+    ) -> Streams:
+        """Return (y1, y2), the streams after the last coupling.
 
         Raises:
-            ValueError: for a wrong number of contexts, or an impossible `store_every`.
-            TypeError: where something that needs a gradient is hidden in a context or in a module.
-            RuntimeError: in backward, where two threads differentiate one module at once.
+            ValueError: for a wrong number of contexts, an impossible `store_every`, or a coupling that has no inverse
+                where it is needed.
+            TypeError: where a gradient would be lost.
+            RuntimeError: in backward, where a coupling computes something else than in forward.
         """
         contexts = self._contexts(contexts)
         if store_every is not None and store_every < 1:
             raise ValueError(f"store_every must be None or at least 1, not {store_every}")
-        if not (reversible and torch.is_grad_enabled()):
-            for coupling, context in zip(self, contexts, strict=True):
-                x1, x2 = coupling(x1, x2, *context)
-            return x1, x2
-        inputs = _Inputs()
-        calls = [_Call.of(coupling, context, inputs) for coupling, context in zip(self, contexts, strict=True)]
-        return _Chain.apply(calls, store_every, keep_last, x1, x2, *inputs.tensors)
+        if reversible and torch.is_grad_enabled():
+            inputs = Inputs()
+            calls = [Call.of(coupling, context, inputs, x1.device.type)
+                     for coupling, context in zip(self, contexts, strict=True)]
+            if calls and any(tensor.requires_grad for tensor in (x1, x2, *inputs.tensors)):
+                run = _Run(calls, inputs, store_every, int(keep_last))
+                run.check_inversion(x1)
+                return _Recomputed.apply(run, x1, x2, *run.differentiable)
+        x1, x2 = x1.view_as(x1), x2.view_as(x2)  # gradients are summed up in the same order as where it is reversible
+        for coupling, context in zip(self, contexts, strict=True):
+            x1, x2 = coupling(x1, x2, *context)
+        return x1, x2
 
-    def inverse(self, y1: Tensor, y2: Tensor, contexts: Sequence[tuple] | None = None) -> tuple[Tensor, Tensor]:
-        """The streams that `forward` made (y1, y2) of."""
+    def inverse(self, y1: Tensor, y2: Tensor, contexts: Sequence[tuple] | None = None) -> Streams:
+        """Return the streams that `forward` made (y1, y2) of."""
         for coupling, context in zip(reversed(self), reversed(self._contexts(contexts)), strict=True):
             y1, y2 = coupling.inverse(y1, y2, *context)
         return y1, y2
@@ -72,194 +81,287 @@ class ReversibleChain(nn.ModuleList):
         return contexts
 
 
-Streams = tuple[Tensor, Tensor]
-Slot = tuple[dict[str, Tensor | None], str, int]  # where a module keeps a tensor: dictionary, name; and its number
+def recomputed(module: nn.Module, *x: Tensor, keep: bool = False) -> Tensor | Tensors:
+    """Return module(*x), of which nothing is kept but x: what it computes on the way is computed again for backward.
+
+    With `keep` its graph is kept all the same; within a chain its parameters' gradients are then added up as they come.
+    """
+    inputs = Inputs()
+    call = Call.of(module, (), inputs, x[0].device.type)
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (*x, *inputs.tensors)):
+        return module(*x)
+    run = _Run([call], inputs, store_every=1, keep_last=int(keep))
+    y = _Recomputed.apply(run, *x, *run.differentiable)
+    return y[0] if len(y) == 1 else y
 
 
-@dataclass
-class _Number:
-    """Of a tensor among a chain's inputs."""
+class _Run:
+    """What one pass through a chain leaves for its backward."""
 
-    value: int
+    def __init__(self, calls: list[Call], inputs: Inputs, store_every: int | None, keep_last: int):
+        count = len(calls)
+        self.calls = calls
+        self.stored = [i for i in range(count) if store_every and i % store_every == 0]  # whose streams are kept
+        self.kept_from = max(0, count - keep_last)  # from here on the graphs are
+        self.tensors: list[Tensor | None] = inputs.tensors
+        self.differentiable = [tensor for tensor in inputs.tensors if tensor.requires_grad]
+        # What a module keeps stays where it is; all else is saved as autograd saves, which may move it elsewhere.
+        self.saved = [number for number, tensor in enumerate(inputs.tensors)
+                      if not (number in inputs.of_modules and tensor.is_leaf)]
+        self.versions: dict[int, int] = {}  # of what is not saved
+        readers = Counter(number for call in calls for number in call.numbers)
+        self.shared = {number for number, count in readers.items() if count > 1}  # inputs that several calls read
+        self.graphs: list[tuple[Tensors, Tensors]] = []
+        self.sums: _Sums | None = None  # of the gradients, with the stand-ins that these graphs read
+        self.outer: _Sums | None = _Sums.being_made()
+
+    def forward(self, x: Tensors) -> tuple[Tensors, dict[int, Tensors]]:
+        """Return the streams after the last coupling, and those to be kept: couplings passed -> streams."""
+        streams = {}
+        for i, call in enumerate(self.calls):
+            if i in self.stored:
+                streams[i] = x
+            if i < self.kept_from:
+                x = call.first(x, self.tensors)
+            else:
+                self.sums = _Sums(self.tensors, self.shared) if self.sums is None else self.sums
+                leaves = _leaves(x)
+                with self.sums.making():
+                    y = call.first(leaves, self.sums.leaves, graph=True)
+                self.graphs.append((leaves, y))
+                own = {id(leaf): stream for leaf, stream in zip(leaves, x, strict=True)}
+                x = tuple(own[id(each)] if id(each) in own else each.detach() for each in y)
+            if i not in self.stored and (call.random or call.updated):
+                raise RuntimeError(f"coupling {i + 1} of the chain draws random numbers or updates buffers, and cannot "
+                                   "be inverted; use store_every=1")
+        if len(self.calls) - 1 not in self.stored:
+            streams[len(self.calls)] = x
+        updated = {number for call in self.calls for number in call.updated}
+        self.versions = {number: version_of(tensor) for number, tensor in enumerate(self.tensors)
+                         if number not in self.saved and number not in updated}
+        return x, streams
+
+    def take_back(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """Return all inputs, the saved ones among them.
+
+        Raises:
+            RuntimeError: where one was modified in place.
+        """
+        tensors = list(self.tensors)
+        for number, tensor in zip(self.saved, saved, strict=True):
+            tensors[number] = tensor
+        for number, version in self.versions.items():
+            if version_of(tensors[number]) != version:
+                raise RuntimeError("a parameter or buffer needed for gradient computation has been modified by an "
+                                   f"inplace operation: its shape is {tuple(tensors[number].shape)}")
+        return tensors
+
+    def check_inversion(self, x: Tensor) -> None:
+        """Refuse to rebuild streams from couplings that have no inverse, warn where rounding errors grow too large."""
+        factors = {i: getattr(call.module, "amplification", None) for i, call in enumerate(self.calls[:self.kept_from])
+                   if i not in self.stored}
+        factors = {i: factor for i, factor in factors.items() if factor is not None}
+        if not factors or isinstance(x, FakeTensor) or x.is_meta:
+            return
+        growth = largest = 1.0
+        for i, factor in zip(factors, torch.stack(list(factors.values())).flatten().tolist(), strict=True):
+            growth = factor if i - 1 in self.stored else growth * factor
+            largest = max(largest, growth)
+        if largest == float("inf"):
+            raise ValueError("a coupling with v = 0 has no inverse; use store_every=1, which needs none")
+        if largest * self.calls[0].precision(x) > BEARABLE:
+            warnings.warn("streams are rebuilt by dividing by one v after another, and the product of 1/v exceeds what "
+                          "the precision bears: gradients are wrong; use store_every=1", stacklevel=3)
+
+    def check_alike(self, differences: dict[int, Tensor], x: Tensor) -> None:
+        """Raise RuntimeError where the second results are not the first; the differences are relative."""
+        if not differences:
+            return
+        limit = max(1e-3, 16 * self.calls[0].precision(x))
+        for i, difference in zip(differences, torch.stack(list(differences.values())).tolist(), strict=True):
+            if difference > limit:
+                raise RuntimeError(
+                    f"module {i + 1} of the chain ({type(self.calls[i].module).__name__}) computed something else in "
+                    f"backward than in forward, {difference:.1e} away: it may depend on its arguments, parameters, "
+                    "buffers and torch's global random numbers, and on nothing that changes in between")
 
 
-@contextmanager
-def holding(wanted: Iterable[tuple[dict[str, Tensor | None], str, Tensor | None]]) -> Iterator[None]:
-    """Modules' dictionaries of tensors hold the wanted ones under these names, and afterwards their own again."""
-    own = []
-    try:
-        for held, name, tensor in wanted:
-            if held[name] is tensor:
-                continue
-            if getattr(held[name], "is_stand_in", False):
-                raise RuntimeError("two threads differentiate one module at once")
-            own.append((held, name, held[name]))
-            held[name] = tensor
-        yield
-    finally:
-        for held, name, tensor in own:
-            held[name] = tensor
+class _Recomputed(torch.autograd.Function):
+    """Calls one after the other, each reading the tensors that the one before returned."""
+
+    @staticmethod
+    def forward(ctx, run: _Run, *tensors: Tensor):
+        y, streams = run.forward(tensors[:len(tensors) - len(run.differentiable)])
+        saved = [run.tensors[number] for number in run.saved]
+        for number in run.saved:
+            run.tensors[number] = None
+        numbers: dict[int, int] = {}  # id -> among the saved; a stream that passes a coupling is saved once
+        ctx.streams = {}
+        for passed, each in streams.items():
+            for stream in each:
+                if id(stream) not in numbers:
+                    numbers[id(stream)] = len(saved)
+                    saved.append(stream)
+            ctx.streams[passed] = [numbers[id(stream)] for stream in each]
+        ctx.run = run
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        run, saved = ctx.run, ctx.saved_tensors  # once: each reading unpacks all, which checkpointing allows once only
+        tensors = run.take_back(saved[:len(run.saved)])
+        streams = {passed: tuple(saved[number] for number in numbers) for passed, numbers in ctx.streams.items()}
+        del saved
+        differentiate = _differentiably if torch.is_grad_enabled() else _one_by_one
+        grads, found = differentiate(run, tensors, streams, grads)
+        return None, *grads, *(found.get(number) for number, tensor in enumerate(tensors) if tensor.requires_grad)
 
 
-class _Inputs:
-    """The distinct tensors that a chain reads beside its streams, numbered in order of appearance."""
+def _one_by_one(run: _Run, tensors: list[Tensor], streams: dict[int, Tensors], grads: Tensors
+                ) -> tuple[Tensors, dict[int, Tensor]]:
+    """Return the gradients of the first streams and of the inputs by number, with one call's graph at a time."""
+    graphs, run.graphs = run.graphs, []  # they can be walked once only
+    sums, run.sums = _Sums(tensors, run.shared) if run.sums is None else run.sums, None
+    differences, x = {}, ()
+    for i in reversed(range(len(run.calls))):
+        call = run.calls[i]
+        if graphs:
+            x, y = graphs.pop()
+        else:
+            with sums.making():
+                if i in streams:
+                    x = _leaves(streams.pop(i))
+                    y = call.graph(x, sums.leaves)
+                else:
+                    x, y = _rebuilt(call, streams.pop(i + 1, x), sums.leaves)
+            if i in run.stored and (difference := call.difference(y)) is not None:
+                differences[i] = difference
+        wanted = [number for number in sorted(call.numbers) if sums.leaves[number].requires_grad]
+        edges = [(get_gradient_edge(each), grad) for each, grad in zip(y, grads, strict=True) if each.requires_grad]
+        y = ()  # while its graph is walked, nothing of it needs to be held
+        grads = sums.walk(edges, x, wanted)
+        x = tuple(stream.detach() for stream in x)
+    run.check_alike(differences, x[0])
+    return grads, sums if run.outer is None else run.outer.taking_over(sums)
 
-    def __init__(self):
-        self.tensors: list[Tensor] = []
-        self._numbers: dict[int, int] = {}  # by the tensor's id
-        self._slots: dict[int, list[Slot]] = {}  # by the module's id
 
-    def number(self, tensor: Tensor) -> int:
-        if id(tensor) not in self._numbers:
-            self._numbers[id(tensor)] = len(self.tensors)
-            self.tensors.append(tensor)
-        return self._numbers[id(tensor)]
+def _differentiably(run: _Run, tensors: list[Tensor], streams: dict[int, Tensors], grads: Tensors
+                    ) -> tuple[Tensors, dict[int, Tensor]]:
+    """Return the same gradients with a graph of their own (`create_graph=True`), by plain autograd."""
+    if 0 not in streams:
+        raise RuntimeError("a chain that is inverted (store_every=None) has no second derivatives; use store_every=1")
+    first, leaves = ([tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in each]
+                     for each in (streams[0], tensors))  # views, so that what a stream descends from is left out
+    y = tuple(first)
+    for call in run.calls:
+        y = call.graph(y, leaves)
+    refuse_hidden([get_gradient_edge(each) for each in y if each.requires_grad], [*first, *leaves])
+    outputs = [(each, grad) for each, grad in zip(y, grads, strict=True) if each.requires_grad]
+    wanted = [tensor for tensor in (*first, *leaves) if tensor.requires_grad]
+    outputs, of_outputs = zip(*outputs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True, create_graph=True))
+    of_first, of_inputs = ([next(found) if tensor.requires_grad else None for tensor in each]
+                           for each in (first, leaves))
+    return tuple(of_first), dict(enumerate(of_inputs))
 
-    def slots(self, module: nn.Module) -> list[Slot]:
-        """Where the module and those within it keep their parameters and buffers."""
-        if id(module) not in self._slots:
-            for part in module.modules():
-                _check_for_hidden(part)
-            self._slots[id(module)] = [
-                (held, name, self.number(tensor)) for part in module.modules()
-                for held in (part._parameters, part._buffers) for name, tensor in held.items() if tensor is not None]
-        return self._slots[id(module)]
+
+def _rebuilt(call: Call, y: Tensors, leaves: list[Tensor]) -> tuple[Tensors, Tensors]:
+    """Return x, rebuilt from a coupling's results y, and y with a graph."""
+    context = call.context_of(leaves)
+    with call.again(leaves):
+        if hasattr(call.module, "rebuild"):
+            with torch.enable_grad():
+                return call.module.rebuild(*y, *context)
+        with torch.no_grad():
+            x = _leaves(call.module.inverse(*y, *context))
+    return x, call.graph(x, leaves)
 
 
-@dataclass
-class _Call:
-    """One coupling and its context, with the tensors it reads replaced by their numbers among the chain's inputs."""
+class _Sums(dict[int, Tensor]):
+    """Number of an input -> the sum of its gradients, while a chain's graphs are walked one after the other.
 
-    coupling: nn.Module
-    context: tuple  # _Number in place of a tensor
-    slots: list[list[Slot]]  # of the coupling and of each module in the context
+    What a graph has of chains within this one adds its gradients here, rather than hand all of them over at the end.
+
+    Args:
+        tensors: the inputs.
+        shared: numbers of those that several calls read.
+    """
+
+    _thread = threading.local()
+
+    def __init__(self, tensors: Sequence[Tensor], shared: set[int]):
+        super().__init__()
+        self.leaves = list(map(_stand_in, tensors))
+        self._numbers = {id(leaf): number for number, leaf in enumerate(self.leaves) if leaf.requires_grad}
+        self._shared = shared
+        self._task: int | None = None  # of autograd's, that walks a graph
 
     @classmethod
-    def of(cls, coupling: nn.Module, context: tuple, inputs: _Inputs) -> "_Call":
-        slots = [inputs.slots(coupling)]
+    def being_made(cls) -> "_Sums | None":
+        """Return the sums to which the graph belongs that this thread is making."""
+        return getattr(cls._thread, "sums", None)
 
-        def numbered(item: Any) -> Any:
-            if isinstance(item, tuple):
-                return tuple(map(numbered, item))
-            if isinstance(item, Mapping | list | set):
-                raise TypeError(f"a context holds tensors, modules, constants and tuples, not a {type(item).__name__}")
-            if isinstance(item, Tensor):
-                return _Number(inputs.number(item))
-            if isinstance(item, nn.Module):
-                slots.append(inputs.slots(item))
-            else:
-                _check_for_hidden(item)
-            return item
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Within, this thread makes a graph that will be walked for these sums."""
+        before, _Sums._thread.sums = self.being_made(), self
+        try:
+            yield
+        finally:
+            _Sums._thread.sums = before
 
-        return cls(coupling, numbered(tuple(context)), slots)
+    def walk(self, edges: list[tuple[GradientEdge, Tensor]], x: Tensors, numbers: list[int]) -> Tensors:
+        """Differentiate what `edges` are of, given their gradients; return those of x.
 
-    def context_of(self, tensors: Sequence[Tensor]) -> tuple:
-        def filled(item: Any) -> Any:
-            if isinstance(item, tuple):
-                return tuple(map(filled, item))
-            return tensors[item.value] if isinstance(item, _Number) else item
+        Args:
+            edges: with the gradients that come in.
+            x: streams.
+            numbers: of the inputs that may have a part in it.
+        """
+        read = [self.leaves[number] for number in numbers]
+        refuse_hidden([edge for edge, _ in edges], [*x, *read])
+        for edge, _ in edges:
+            edge.node.register_prehook(self._begin)
+        outputs, grads = zip(*edges, strict=True)
+        found = torch.autograd.grad(outputs, [*x, *read], grads, allow_unused=True)
+        self._task = None
+        self._add(dict(zip(numbers, found[len(x):], strict=True)))
+        return tuple(torch.zeros_like(stream) if grad is None else grad
+                     for stream, grad in zip(x, found[:len(x)], strict=True))
 
-        return filled(self.context)
+    def taking_over(self, inner: "_Sums") -> "_Sums":
+        """Take over what the sums of a chain within have in common with these, where it is walked as part of these.
 
-    def graph(
-        self,
-        x: Streams | None,  # None: rebuilt from y
-        y: Streams | None,
-        leaves: Sequence[Tensor],  # stand-ins for the chain's inputs
-        autocast: torch.autocast,
-    ) -> tuple[Streams, Streams]:
-        """The coupling with a graph: x, which are leaves of it, and y."""
-        coupling, context = self.coupling, self.context_of(leaves)
-        # The modules read the stand-ins in place of their own tensors, and what they had in forward of all others.
-        with holding((held, name, leaves[number]) for slots in self.slots for held, name, number in slots), autocast:
-            if x is None and hasattr(coupling, "rebuild"):
-                with torch.enable_grad():
-                    return coupling.rebuild(*y, *context)
-            if x is None:
-                with torch.no_grad():
-                    x = coupling.inverse(*y, *context)
-            with torch.enable_grad():
-                x = tuple(stream.detach().requires_grad_() for stream in x)
-                return x, tuple(coupling(*x, *context))
+        It is not where a module differentiates a chain itself.  Returns what is left of them.
+        """
+        if self._task is not None and self._task == torch._C._current_graph_task_id():
+            for number in [number for number in inner if id(inner.leaves[number]) in self._numbers]:
+                self._add({self._numbers[id(inner.leaves[number])]: inner.pop(number)})
+        return inner
 
+    def _begin(self, *_) -> None:
+        self._task = torch._C._current_graph_task_id()
 
-class _Chain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, calls: list[_Call], store_every: int | None, keep_last: bool, x1: Tensor, x2: Tensor,
-                *tensors: Tensor):
-        ctx.calls, ctx.last = calls, None
-        device = x1.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        stored = {0: (x1, x2)} if store_every else {}  # number of couplings passed -> streams
-        for passed, call in enumerate(calls, start=1):
-            if keep_last and passed == len(calls):
-                leaves, own = _leaves(tensors)
-                graph = call.graph((x1, x2), None, leaves, _autocast(ctx))
-                ctx.last = leaves, own, graph
-                streams = {id(leaf): stream for leaf, stream in zip(graph[0], (x1, x2), strict=True)}
-                x1, x2 = (streams[id(new)] if id(new) in streams else new.detach() for new in graph[1])
-            else:
-                x1, x2 = call.coupling(x1, x2, *call.context_of(tensors))
-            if passed == len(calls) or (store_every and passed % store_every == 0):
-                stored[passed] = (x1, x2)
-        ctx.stored = list(stored)
-        ctx.save_for_backward(*tensors, *(stream for pair in stored.values() for stream in pair))
-        return x1, x2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        count = len(ctx.needs_input_grad) - 5
-        saved = ctx.saved_tensors  # once: each reading of it unpacks all, which checkpointing allows once only
-        tensors, streams = saved[:count], saved[count:]
-        stored = dict(zip(ctx.stored, zip(streams[::2], streams[1::2], strict=True), strict=True))
-        leaves, own, graph = ctx.last or (*_leaves(tensors), None)
-        ctx.last = None  # its graph can be walked once only
-        needed = [leaf for leaf in leaves if leaf.requires_grad]
-        x = None
-        for passed in range(len(ctx.calls), 0, -1):
-            if graph is None:
-                y = stored.pop(passed, x)
-                graph = ctx.calls[passed - 1].graph(stored.get(passed - 1), y, leaves, _autocast(ctx))
-            x, y = graph
-            graph = None
-            y = tuple(map(get_gradient_edge, y))  # of y itself nothing needs to be held while the graph is walked
-            torch.autograd.backward(y, grads, inputs=[*x, *needed])  # adds to the leaves' gradients
-            grads, x = tuple(stream.grad for stream in x), tuple(stream.detach() for stream in x)
-        found = (leaf.grad if is_own else None for leaf, is_own in zip(leaves, own, strict=True))
-        return None, None, None, *grads, *found
-
-
-def _check_for_hidden(item: Any) -> None:
-    """Refuse what holds a tensor whose gradient would be lost."""
-    for name, value in getattr(item, "__dict__", {}).items():
-        if isinstance(value, (dict, list, tuple)):
-            if not value or name in ("_parameters", "_buffers", "_modules"):
+    def _add(self, grads: dict[int, Tensor | None]) -> None:
+        for number, grad in grads.items():
+            if grad is None:
                 continue
-            hidden = any(isinstance(each, Tensor) and each.requires_grad
-                         for each in (value.values() if isinstance(value, dict) else value))
-        else:
-            hidden = isinstance(value, Tensor) and value.requires_grad
-        if hidden:
-            raise TypeError(f"{type(item).__name__}.{name} needs a gradient, which would be lost, as it is neither a "
-                            "parameter nor a buffer of a module; register it, or detach it")
+            if number in self:
+                self[number] += grad
+            else:  # what is added to later must be nobody else's
+                self[number] = grad.clone() if number in self._shared else grad
 
 
-def _leaves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
-    """Stand-ins that keep the outer graph, and hooks on the real tensors, out of the inner differentiation.
-
-    What is a stand-in already, of a chain around this one, serves this one too (then False in the second list): its
-    gradient is added to in place, and not made twice.
-    """
-    own = [tensor.requires_grad and not getattr(tensor, "is_stand_in", False) for tensor in tensors]
-    leaves = [tensor.detach().requires_grad_() if is_own else tensor
-              for tensor, is_own in zip(tensors, own, strict=True)]
-    for leaf, is_own in zip(leaves, own, strict=True):
-        if is_own:
-            leaf.is_stand_in = True
-    return leaves, own
+def _leaves(x: Tensors) -> Tensors:
+    return tuple(stream.detach().requires_grad_() for stream in x)
 
 
-def _autocast(ctx) -> torch.autocast:
-    device, dtype, enabled = ctx.autocast
-    return torch.autocast(device, dtype, enabled, cache_enabled=False)  # each stand-in is cast once only
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Return what is differentiated in place of a tensor, to keep its own graph and its hooks out of it."""
+    if not tensor.requires_grad:
+        return tensor
+    if not tensor.is_leaf:
+        return tensor.detach().requires_grad_()
+    with torch.enable_grad():
+        return tensor.view_as(tensor) if tensor._backward_hooks else tensor

@@ -15,9 +15,7 @@ couplings carry through and m merges again as x₁ + m·x₂.
     up block 1      reads the first three narrow
     conv_out
 """
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,15 +24,21 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .attention import Transformer
 from .injector import Injector
 from .operators import LinearOperator
 from .precision import FullPrecisionConv2d
-from .reversible import ReversibleChain, holding
+from .reversible import ReversibleChain, recomputed
 
-PIXELS_AT_ONCE = 2**14  # of the features, differentiated at once: enough to fill a GPU
+
+@dataclass
+class Reversal:
+    """How the U-Net is differentiated."""
+
+    reversible: bool = True  # compute couplings again, one by one; False: plain autograd
+    store_every: int | None = 1  # see `ReversibleChain`
+    entries: bool = True  # compute again what stands between the chains, too
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Inputs:
     operator: LinearOperator
     step: int  # t
     skips: dict[str, Tensor]  # by the names above
+    reversal: Reversal = field(default_factory=Reversal)
 
 
 class Resnet(nn.Module):
@@ -162,20 +167,17 @@ class DownBlock(nn.Module):
         self.merge_scales = scale.scale_parameter(*[0.0] * self.PAIRS)  # m of each pair
         self.downsample = Downsample2D(channels, use_conv=True, padding=1, name="op") if downsample else None
 
-    def forward(self, x: Tensor, inputs: Inputs, reversible: bool) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs) -> Tensor:
         """(batch, in_channels, h, w) -> features for the next block; the skips of this one go into `inputs`."""
-        x1, x2 = _recomputed(self._streams, x, reversible=reversible)
+        x1, x2 = _split(self, x if self.entry is None else _between_chains(self.entry, inputs, x))
         for pair, chain in enumerate(self.chains):
             # The next pair goes on from the streams, not from their merger.
-            x1, x2 = chain(x1, x2, _contexts(chain, inputs, self.halves), reversible=reversible)
+            x1, x2 = _through(chain, inputs, x1, x2, self.halves)
             merge_scale = None if self.merge_scales is None else self.merge_scales[pair:pair + 1]
             x = inputs.skips[f"{self.name}.pair_{pair}"] = _merged(x1, x2, merge_scale)
         if self.downsample is not None:
             x = inputs.skips[f"{self.name}.downsampled"] = self.downsample(x)
         return x
-
-    def _streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _split(self, x if self.entry is None else self.entry(x))
 
 
 class UpBlock(nn.Module):
@@ -200,15 +202,12 @@ class UpBlock(nn.Module):
         self.merge_scale = scale.scale_parameter(0.0)  # m
         self.upsample = Upsample2D(scale.channels, use_conv=True) if upsample else None
 
-    def forward(self, x: Tensor, inputs: Inputs, reversible: bool) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs) -> Tensor:
         """(batch, in_channels, h, w) -> (batch, channels, h, w), or (batch, channels, 2h, 2w) with an upsampler."""
-        x1, x2 = _recomputed(self._streams, x, *self.entry.reads(inputs), reversible=reversible)
-        x1, x2 = self.chain(x1, x2, _contexts(self.chain, inputs, self.halves), reversible=reversible)
+        x = _between_chains(self.entry, inputs, x, *self.entry.reads(inputs))
+        x1, x2 = _through(self.chain, inputs, *_split(self, x), self.halves)
         x = _merged(x1, x2, self.merge_scale)
-        return x if self.upsample is None else _recomputed(self.upsample, x, reversible=reversible)
-
-    def _streams(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        return _split(self, self.entry(x, skip))
+        return x if self.upsample is None else _between_chains(self.upsample, inputs, x)
 
 
 class UNet(nn.Module):
@@ -233,15 +232,17 @@ class UNet(nn.Module):
         ])
         self.conv_norm_out = nn.GroupNorm(narrow.norm_groups, n, eps=1e-5)
         self.conv_out = FullPrecisionConv2d(n, self.shuffle**2, kernel_size=3, padding=1)
-        self.reversible = True
+        self.reversal = Reversal()
 
     def forward(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
-        apart = getattr(operator, "same_for_all", False)  # another library's operator may hold something of each image
-        if not (self.reversible and torch.is_grad_enabled() and apart):
-            return self._noise(x, Inputs(back_projection, operator, step, {}))
-        samples = max(1, PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1]))
-        parts = zip(x.split(samples), back_projection.split(samples), strict=True)
-        return torch.cat([self._noise(part, Inputs(back, operator, step, {})) for part, back in parts])
+        inputs = Inputs(back_projection, operator, step, {}, self.reversal)
+        x = inputs.skips["conv_in"] = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x, inputs)
+        x = torch.cat((x, x), dim=1)  # stands for the removed up block, which would deliver twice the width
+        for block in self.up_blocks:
+            x = block(x, inputs)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def set_attention_windows(self, narrow: int | None, wide: int | None) -> None:
         for blocks, sides in ((self.down_blocks, (narrow, wide)), (self.up_blocks, (wide, narrow))):
@@ -249,15 +250,6 @@ class UNet(nn.Module):
                 for module in block.modules():
                     if isinstance(module, Transformer):
                         module.window = side
-
-    def _noise(self, x: Tensor, inputs: Inputs) -> Tensor:
-        x = inputs.skips["conv_in"] = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x, inputs, self.reversible)
-        x = torch.cat((x, x), dim=1)  # stands for the removed up block, which would deliver twice the width
-        for block in self.up_blocks:
-            x = block(x, inputs, self.reversible)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 def bodies_of(coupling: nn.Module) -> list[nn.Module]:
@@ -271,6 +263,20 @@ def _contexts(chain: ReversibleChain, inputs: Inputs, halves: bool) -> list[tupl
     return reads if halves else [own for (own,) in reads]
 
 
+def _through(chain: ReversibleChain, inputs: Inputs, x1: Tensor, x2: Tensor, halves: bool) -> tuple[Tensor, Tensor]:
+    """Return the streams after a chain."""
+    reversal = inputs.reversal
+    return chain(x1, x2, _contexts(chain, inputs, halves), reversible=reversal.reversible,
+                 store_every=reversal.store_every)
+
+
+def _between_chains(module: nn.Module, inputs: Inputs, *x: Tensor) -> Tensor:
+    reversal = inputs.reversal
+    if reversal.reversible:
+        return recomputed(module, *x, keep=not reversal.entries)
+    return module(*(each.view_as(each) for each in x))  # gradients are summed up in the same order
+
+
 def _split(block: DownBlock | UpBlock, x: Tensor) -> tuple[Tensor, Tensor]:
     """The pair of streams: (x, s·x), or without s the halves of the channels; in the precision of the weights."""
     x = x.to(next(block.parameters()).dtype)
@@ -281,15 +287,3 @@ def _merged(x1: Tensor, x2: Tensor, scale: Tensor | None) -> Tensor:
     """x₁ + m x₂, or without m the halves put together again."""
     return torch.cat((x1, x2), dim=1) if scale is None else x1 + scale * x2
 
-
-def _recomputed(f: Callable, *inputs: Tensor, reversible: bool) -> Any:
-    """f(*inputs), f a module or a method of one; where reversible, what it computes on the way is computed again.
-
-    Then with the parameters that the module has now, for `torch.func.functional_call` takes its own out again.
-    """
-    if not (reversible and torch.is_grad_enabled()):
-        return f(*inputs)
-    now = [(part._parameters, name, tensor) for part in getattr(f, "__self__", f).modules()
-           for name, tensor in part._parameters.items()]
-    return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False,
-                      context_fn=lambda: (nullcontext(), holding(now)))

@@ -1,7 +1,6 @@
 """The reversible engine against plain autograd, in float64 where equality is asked for."""
-import threading
+import warnings
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,60 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from model.couplings import AdditiveCoupling, WeightedCoupling
 from model.reversible import ReversibleChain
 from tests.conftest import DEVICES
-
-
-class Body(nn.Module):
-    """f(x, *context): reads tensors, modules and plain numbers alike."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-        self.unused = nn.Parameter(torch.zeros(1))  # as the injectors of other steps are
-
-    def forward(self, x: Tensor, *context) -> Tensor:
-        out = self.linear(x)
-        for item in context:
-            out = out + (item(x) if isinstance(item, nn.Module) else item * x)
-        return x + torch.tanh(out)
-
-
-def make_chain(depth: int, width: int = 6, dtype: torch.dtype = torch.float64) -> ReversibleChain:
-    torch.manual_seed(depth)
-    chain = ReversibleChain(WeightedCoupling(Body(width), v=0.3 + 0.1 * i % 0.5) for i in range(depth))
-    return chain.to(dtype)
-
-
-def make_contexts(width: int = 6, dtype: torch.dtype = torch.float64):
-    """Contexts of five couplings: one tensor shared by three of them, a module with parameters shared by two."""
-    torch.manual_seed(7)
-    shared = torch.randn(3, width, dtype=dtype, requires_grad=True)
-    single = torch.randn(1, dtype=dtype, requires_grad=True)
-    constant = torch.randn(3, width, dtype=dtype)
-    module = nn.Linear(width, width).to(dtype)
-    contexts = [(shared, 2), (), (single, shared), (constant, module), (module, 0.5, shared)]
-    return contexts, [shared, single, *module.parameters()]
-
-
-def streams(width: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(1)
-    return tuple(torch.randn(3, width, dtype=dtype, requires_grad=True) for _ in range(2))
-
-
-def loss_of(y1: Tensor, y2: Tensor) -> Tensor:
-    return (y1.float().sin() if y1.dtype == torch.half else y1.sin()).sum() + (y2**2 * 0.7).sum()
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach(), b.detach()
-    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+from tests.model.chains import Body, loss_of, make_chain, make_contexts, relative, streams, used
 
 
 @pytest.mark.parametrize("store_every", [None, 1, 2, 3, 7])
 def test_gradients_equal_plain_autograd(store_every):
     chain = make_chain(5)
     contexts, extra = make_contexts()
-    used = [p for name, p in chain.named_parameters() if "unused" not in name]
-    inputs = [*streams(), *extra, *used]
+    inputs = [*streams(), *extra, *used(chain)]
     gradients = []
     for reversible in (False, True):
         y = chain(*inputs[:2], contexts, reversible=reversible, store_every=store_every)
@@ -120,7 +73,7 @@ def test_another_coupling_is_one_class(store_every, keep_last):
                              Swapped(6)]).double()
     c = torch.randn(1, dtype=torch.float64, requires_grad=True)
     contexts = [(c,), (c,), (c, c), ((c,), ()), (c,)]
-    inputs = [*streams(), c, *(p for name, p in chain.named_parameters() if "unused" not in name)]
+    inputs = [*streams(), c, *used(chain)]
     with torch.no_grad():
         back = chain.inverse(*chain(*inputs[:2], contexts), contexts)
     assert max(relative(b, a) for a, b in zip(inputs[:2], back, strict=True)) <= 1e-12
@@ -178,7 +131,7 @@ def test_chains_within_a_chain(keep_last, offloaded):
     body = Nested(make_chain(3)).double()
     chain = ReversibleChain(WeightedCoupling(body) for _ in range(3)).double()  # one body in all, as there is one U-Net
     shared = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    inputs = [*streams(), shared, body.gain, *(p for name, p in body.inner.named_parameters() if "unused" not in name)]
+    inputs = [*streams(), shared, body.gain, *used(body.inner)]
     gradients = []
     for body.plain in (True, False):
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone())
@@ -192,7 +145,7 @@ def test_the_last_coupling_is_computed_once_where_it_is_kept():
     chain, x, calls = make_chain(3), streams(), []
     for number, coupling in enumerate(chain):
         coupling.body.register_forward_hook(lambda module, args, out, number=number: calls.append(number))
-    inputs = [*x, *(p for name, p in chain.named_parameters() if "unused" not in name)]
+    inputs = [*x, *used(chain)]
     plain = torch.autograd.grad(loss_of(*chain(*x, reversible=False)), inputs)
     calls.clear()
     loss = loss_of(*chain(*x, keep_last=True))
@@ -227,7 +180,9 @@ def test_nothing_is_kept_and_nothing_changes_without_gradients():
         assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(y, expected, strict=True))
 
 
-def test_keeps_its_outputs_only():
+@pytest.mark.parametrize(("store_every", "kept_streams"), [(None, 2), (1, 13), (4, 8)])
+def test_what_is_kept(store_every, kept_streams):
+    """12 couplings make 12 streams of two: all but the last are kept, two at every fourth and at the end, or two."""
     chain = make_chain(12, dtype=torch.float32)
     x = [stream.detach() for stream in streams(dtype=torch.float32)]
     parameters = {p.data_ptr() for p in chain.parameters()}
@@ -239,8 +194,8 @@ def test_keeps_its_outputs_only():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        chain(*x)
-    assert sum(kept.values()) == 2 * x[0].numel()
+        chain(*x, store_every=store_every)
+    assert sum(kept.values()) == kept_streams * x[0].numel()
 
 
 def test_frozen_parameters():
@@ -341,13 +296,6 @@ def test_changing_a_frozen_weight_is_an_error_too():
         loss.backward()
 
 
-def test_second_derivatives_are_an_error():
-    chain, x = make_chain(2), streams()
-    (grad,) = torch.autograd.grad(loss_of(*chain(*x)), x[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_other_weights_for_a_call_are_those_of_its_backward_too():
     """`torch.func.functional_call` puts them into the modules for forward alone; frozen ones count as well."""
     chain, x = make_chain(4), streams()
@@ -370,57 +318,36 @@ def test_checkpointing_around_a_chain():
     assert all(relative(a, b) <= 1e-9 for a, b in zip(ours, plain, strict=True))
 
 
-def test_two_threads_do_no_lasting_harm():
-    """They may be refused, but the modules keep their own parameters."""
-    chain, x, refused = make_chain(3), streams(), []
-    before = dict(chain.named_parameters())
-    inside, entered = threading.Barrier(2, timeout=20), []
-
-    def wait(*_) -> None:  # both threads in the same recomputation at once
-        if torch.is_grad_enabled() and threading.get_ident() not in entered:
-            entered.append(threading.get_ident())
-            inside.wait()
-
-    def differentiate(loss: Tensor) -> None:
-        try:
-            loss.backward()
-        except (RuntimeError, threading.BrokenBarrierError) as error:
-            refused.append(str(error))
-            inside.abort()
-
-    losses = [loss_of(*chain(*x)) for _ in range(2)]
-    chain[2].body.linear.register_forward_pre_hook(wait)
-    threads = [threading.Thread(target=differentiate, args=(loss,)) for loss in losses]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert any("two threads differentiate one module at once" in text for text in refused)
-    assert all(parameter is before[name] for name, parameter in chain.named_parameters())
+@pytest.mark.parametrize("v", [1, 0.5, 0.2, 0.1, 0.05, 0.01, 0])
+def test_exact_at_every_v(v):
+    chain, x = make_chain(8, dtype=torch.float32), streams(dtype=torch.float32)
+    for coupling in chain:
+        nn.init.constant_(coupling.v, v)
+    inputs = [*x, *used(chain)]
+    plain, ours = (torch.autograd.grad(loss_of(*chain(*x, reversible=reversible)), inputs)
+                   for reversible in (False, True))
+    assert all(relative(a, b) <= 1e-6 for a, b in zip(ours, plain, strict=True) if b.any() or a.any())
 
 
-class Holder(nn.Module):
-    """What reads a tensor that is no parameter, as a replica of `nn.DataParallel` does."""
-
-    def __init__(self, tensor: Tensor):
-        super().__init__()
-        self.hidden = tensor
-
-
-def test_a_tensor_that_hides_is_refused_where_it_needs_a_gradient():
-    chain, x = make_chain(2), streams()
-    learned = torch.ones(3, requires_grad=True)
-    for holder in (Holder(learned), Holder(2 * learned), SimpleNamespace(hidden=learned), Holder([learned]),
-                   Holder({"w": learned}), SimpleNamespace(hidden=(0, learned))):
-        with pytest.raises(TypeError, match="hidden needs a gradient, which would be lost"):
-            chain(*x, [(), (holder,)])
-    chain[1].body.hidden = learned
-    with pytest.raises(TypeError, match="Body.hidden needs a gradient"):
-        chain(*x)
-    chain[1].body.hidden = learned.detach()
-    chain(*x)
-    with pytest.raises(TypeError, match="GRU._flat_weights needs a gradient"):  # a second list of its parameters
-        chain(*x, [(), (nn.GRU(3, 3),)])
+def test_inversion_that_cannot_be_exact_says_so():
+    chain, x = make_chain(8, dtype=torch.float32), streams(dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain(*x, store_every=None)
+        for coupling in chain:
+            nn.init.constant_(coupling.v, 0.05)
+        chain(*x, store_every=1)
+        chain(*x, store_every=2)
+    with pytest.warns(UserWarning, match="product of 1/v exceeds what the precision bears"):
+        chain(*x, store_every=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_chain(8)(*streams(), store_every=None)
+    with pytest.warns(UserWarning, match="exceeds"), torch.autocast("cpu", torch.bfloat16):
+        make_chain(8, dtype=torch.float32)(*x, store_every=None)  # v about 0.5, in half precision
+    nn.init.zeros_(chain[3].v)
+    with pytest.raises(ValueError, match="v = 0 has no inverse"):
+        chain(*x, store_every=None)
 
 
 def test_wrong_arguments():

@@ -140,7 +140,7 @@ def test_the_dynamic_schedule_depends_on_the_image_and_stays_inside():
 
 def test_gradients_with_an_alpha_bar_for_each_image(monkeypatch):
     """Also where the U-Net takes the batch apart; and what is learned of the schedule moves."""
-    monkeypatch.setattr(unet, "PIXELS_AT_ONCE", 2 * 8 * 8)
+    monkeypatch.setattr("model.idm.PIXELS_AT_ONCE", 2 * 8 * 8)
     net = network(schedule="dynamic")
     assert_gradients_are_plain_autograds(net, batch=3)
     operator, y = measured(3)
@@ -155,7 +155,7 @@ def test_gradients_with_an_alpha_bar_for_each_image(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"attention": (True, False), "schedule": "dynamic"}], ids=str)
 def test_gradients_with_additive_couplings(settings, monkeypatch):
-    monkeypatch.setattr(unet, "PIXELS_AT_ONCE", 16 * 16)
+    monkeypatch.setattr("model.idm.PIXELS_AT_ONCE", 16 * 16)
     net = network(coupling="additive", shuffle=2, **settings)
     assert not any(name.endswith(".v") for name, _ in net.named_parameters())
     assert_gradients_are_plain_autograds(net, batch=2)
@@ -169,7 +169,7 @@ def test_the_halves_of_a_block_are_added_to_in_turn():
     injection = (inputs.back_projection, operator, 1)
     x = torch.randn(1, 32, 16, 16, dtype=torch.float64)
     with torch.no_grad():
-        block(x, inputs, reversible=False)
+        block(x, inputs)
         x1, x2 = x[:, :16], x[:, 16:]
         for pair in range(2):
             resnet, injector, attention, other = (
