@@ -38,11 +38,11 @@ Box = tuple[float, float, float]  # left, middle of its height, width
 def draw(path: Path) -> None:
     with torch.device("meta"):
         net = IDM()
-    figure, axes = plt.subplots(figsize=(12.4, 9.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12.4, 10.8), layout="constrained")
     draw_chain(axes, net)
     draw_unet(axes, net)
-    draw_formulas(axes)
-    axes.set(xlim=(-0.2, 17.4), ylim=(-3.1, 10.7), aspect="equal")
+    draw_block(axes, net.unet.down_blocks[0].chains[0])
+    axes.set(xlim=(-0.2, 17.4), ylim=(-5.2, 10.7), aspect="equal")
     axes.axis("off")
     save(figure, path)
 
@@ -50,7 +50,7 @@ def draw(path: Path) -> None:
 def draw_chain(axes: plt.Axes, net: IDM) -> None:
     """Level one."""
     heading(axes, 10.4, "Level one, IDM:  T sampling steps, a reversible chain of two images")
-    start = box(axes, 0, 9.5, 2.6, "A_adjoint(y)")
+    start = box(axes, 0, 9.5, 2.6, "A⁺y")
     before = start
     for coupling, t in zip(net.steps, range(len(net.steps), 0, -1), strict=True):
         current = box(axes, before[0] + before[2] + 0.9, 9.5, 2.9, f"{type(coupling.body).__name__}, t = {t}",
@@ -64,8 +64,8 @@ def draw_chain(axes: plt.Axes, net: IDM) -> None:
         before = current
     end = box(axes, before[0] + before[2] + 0.9, 9.5, 2.3, "x + merge_scale · h")
     arrow(axes, (before[0] + before[2], 9.5), (end[0], 9.5))
-    axes.text(0, 8.75, "SamplingStep:   ε = pixel_shuffle(UNet(pixel_unshuffle(x), A_adjoint(y), operator, t));   "
-              "x₀ = (x − √(1−ᾱ_t) ε) / √ᾱ_t;   x₀ ← x₀ − A_adjoint(A(x₀) − y);   returns √ᾱ_{t−1} x₀ + √(1−ᾱ_{t−1}) ε",
+    axes.text(0, 8.75, "SamplingStep:   ε = pixel_shuffle(UNet(pixel_unshuffle(x), A⁺y, operator, t));   "
+              "x₀ = (x − √(1−ᾱ_t) ε) / √ᾱ_t;   x₀ ← x₀ − A⁺(A x₀ − y);   returns √ᾱ_{t−1} x₀ + √(1−ᾱ_{t−1}) ε",
               fontsize=8)
 
 
@@ -116,15 +116,36 @@ def parts(block: nn.Module) -> list[tuple[nn.Module | None, str, bool]]:
     return found
 
 
-def draw_formulas(axes: plt.Axes) -> None:
-    axes.text(0, -1.75, "Coupling", fontsize=9, weight="bold")
-    axes.text(0, -2.85, "y₁ = (1 − v) body(x₁) + v x₂\ny₂ = x₁\n\n"
-              "backward:  x₁ = y₂,  x₂ = (y₁ − (1 − v) body(y₂)) / v",
-              fontsize=8.5)
-    axes.text(8.2, -1.75, "Injector", fontsize=9, weight="bold")
-    axes.text(8.2, -2.85, "z = lift[t](pixel_shuffle(features))  is one image\n"
-              "features + pixel_unshuffle(unlift[t]([z, A_adjoint(A(z)), A_adjoint(y)]))\n\n"
-              "pixel_shuffle by 2 in down_blocks[0], up_blocks[1]; by 4 in the others", fontsize=8.5)
+def draw_block(axes: plt.Axes, chain: nn.Module) -> None:
+    """Draw the first chain of down_blocks[0] in detail: its two streams, from the split to the skip."""
+    heading(axes, -1.95, "A block in detail, down_blocks[0]:  y₁ = (1 − v) f(x₁) + v x₂,  y₂ = x₁;  backward  "
+                         "x₁ = y₂,  x₂ = (y₁ − (1 − v) f(y₂)) / v")
+    top, bottom, left, length = -2.95, -4.05, 1.6, 3.05
+    box(axes, 0, (top + bottom) / 2, 1.1, "x")
+    for height, label, above in ((top, "x", 0.12), (bottom, "s·x", -0.28)):
+        arrow(axes, (1.1, (top + bottom) / 2), (left, height))
+        axes.text(left - 0.1, height + above, label, ha="right", fontsize=8)
+    for coupling in chain:
+        name = type(coupling.body).__name__
+        place = box(axes, left + 0.65, top, 1.2, name, COLOURS[name], reversible=True)
+        plus, right = left + 2.35, left + length
+        arrow(axes, (left, top), (place[0], top))
+        arrow(axes, (place[0] + place[2], top), (plus - 0.13, top))
+        axes.text((place[0] + place[2] + plus) / 2 - 0.05, top + 0.1, "1−v", ha="center", fontsize=7)
+        axes.add_patch(plt.Circle((plus, top), 0.13, facecolor="white", edgecolor="black", linewidth=1))
+        axes.text(plus, top - 0.01, "+", ha="center", va="center", fontsize=9)
+        axes.plot([plus + 0.13, right], [top, top], color="black", linewidth=1)
+        arrow(axes, (left, bottom), (plus - 0.05, top - 0.13))
+        axes.text(left + 0.42, bottom + 0.32, "v", ha="center", fontsize=7)
+        axes.plot([left + 0.3, right], [top, bottom], color="black", linewidth=1)
+        left = right
+    end = box(axes, left + 0.5, (top + bottom) / 2, 1.5, "x₁ + m·x₂")
+    for height in (top, bottom):
+        arrow(axes, (left, height), (end[0], (top + bottom) / 2))
+    axes.text(end[0] + end[2] / 2, (top + bottom) / 2 - 0.55, "skip 2", ha="center", fontsize=8)
+    axes.text(0, -4.95, "Injector:   z = lift[t](pixel_shuffle(features)) is one image;   features + "
+              "pixel_unshuffle(unlift[t]([z, A⁺A z, A⁺y]));   pixel_shuffle by 2 in down_blocks[0] and "
+              "up_blocks[1], by 4 in the others", fontsize=8)
 
 
 def heading(axes: plt.Axes, height: float, text: str) -> None:
