@@ -72,6 +72,7 @@ class FollowTensors(TorchDispatchMode):
             now += 0 if number in left_out else size
             most = max(most, now)
         return most
+LABELLED, GPU_GB = 3, 24  # the T whose gigabytes are written out in the figure, and the line of a common GPU
 
 
 def step(net: IDM, operator: BlockCompressedSensing, x: torch.Tensor, precision: str) -> None:
@@ -145,17 +146,24 @@ def draw(result: dict, path: Path) -> None:
     from benchmarks.pictures import plt, save
 
     settings, crop = result["settings"], max(result["settings"]["crops"])
-    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for setting in settings["settings"]:
         points = [(steps, result["held_mb"][f"{crop}, T = {steps}"][setting]) for steps in settings["steps"]]
-        axes.plot(*zip(*((t, mb / 1e3) for t, mb in points if mb is not None), strict=True), marker="o",
-                  label="none, each block\ncheckpointed" if setting == "checkpoint" else setting)
+        found = [(steps, mb / 1e3) for steps, mb in points if mb is not None]
+        (line,) = axes.plot(*zip(*found, strict=True), marker="o")
+        name = "checkpointed blocks" if setting == "checkpoint" else setting
+        axes.annotate(name, found[-1], xytext=(8, -3), textcoords="offset points", color=line.get_color())
+        for steps, gigabytes in found:
+            if steps == LABELLED:
+                axes.annotate(f"{gigabytes:.3g} GB", (steps, gigabytes), xytext=(0, 6), textcoords="offset points",
+                              ha="center", fontsize=8, color=line.get_color())
+    axes.axhline(GPU_GB, color="gray", linestyle="--", linewidth=1)
+    axes.text(max(settings["steps"]) * 0.78, GPU_GB * 1.05, f"a GPU of {GPU_GB} GB", color="gray", fontsize=8)
     axes.set(xlabel="sampling steps T", ylabel="GB beside weights, gradients\nand Adam's averages", yscale="log",
-             xticks=settings["steps"])
-    axes.set_title(f"a training step: batch {settings['batch_size']} of {crop}×{crop}, width {settings['width']}, "
-                   f"{settings['precision']}, {settings['device']}", fontsize=10)
+             xticks=settings["steps"], xlim=(None, max(settings["steps"]) * 1.38))
+    axes.set_title(f"what a training step holds: batch {settings['batch_size']} of {crop}×{crop}, width "
+                   f"{settings['width']}, {settings['precision']}, {settings['device']}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(title="invertible", loc="upper left", bbox_to_anchor=(1.02, 1))
     save(figure, path, dpi=150)
 
 
