@@ -20,7 +20,7 @@ from utils.flags import whole
 from utils.training.draws import Draw
 from utils.training.loop import train
 from utils.training.run import Run
-from utils.training.settings import Settings, flag, other_default, parse_settings
+from utils.training.settings import NO_TESTS, Settings, flag, other_default, parse_settings
 from utils.training.start import open_run
 from utils.training.state import seed_all
 
@@ -48,7 +48,7 @@ class DdpmSettings(Settings):
     patch_size: int = other_default("patch_size", 64)
     clip: float | None = other_default("clip", 1.0)
     ema: float | None = other_default("ema", 0.999)
-    testset_name: str | None = other_default("testset_name", None)
+    testset_name: str = other_default("testset_name", NO_TESTS)
     widths: tuple[int, ...] = flag((16, 32, 64, 128), "channels of the scales, each half as large as the one before",
                                    type=widths)
 

@@ -4,6 +4,7 @@ A plain `python train.py` has no group.
 """
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -23,6 +24,7 @@ from utils.errors import UserError, first_line
 
 # Rank 0 tests and writes while the others wait for it, which must not count as a hung collective.
 _PATIENCE = timedelta(hours=1)
+SAY_AFTER = 10  # seconds of waiting for the others to start
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,11 @@ def start(device: str | None = None) -> Process:
         torch.cuda.set_device(place)
     if grouped:
         on_cuda = place.type == "cuda"
-        with _environment_is_whole():
+        with _environment_is_whole(), _waiting_is_told(rank, world_size):
             store, *_ = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        store = meet(store, rank, world_size)
-        dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size,
-                                timeout=_PATIENCE, device_id=place if on_cuda else None)
+            store = meet(store, rank, world_size)
+            dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                                    timeout=_PATIENCE, device_id=place if on_cuda else None)
     return Process(rank, world_size, place)
 
 
@@ -122,6 +124,21 @@ def _environment_is_whole() -> Iterator[None]:
     except ValueError as error:
         raise UserError(f"RANK and WORLD_SIZE are set, but what goes with them is not as torch.distributed.run sets it "
                         f"({first_line(error)}); start by that, or unset them") from error
+
+
+@contextmanager
+def _waiting_is_told(rank: int, world_size: int) -> Iterator[None]:
+    """Say what is waited for where it takes long, as where RANK and WORLD_SIZE are left over from something else."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    told = threading.Timer(SAY_AFTER, print, [
+        f"rank {rank} is still waiting for the others: RANK and WORLD_SIZE are set, so {world_size} processes must "
+        f"start and meet at {where}; unset RANK and WORLD_SIZE to run one alone"], {"file": sys.stderr, "flush": True})
+    told.daemon = True
+    told.start()
+    try:
+        yield
+    finally:
+        told.cancel()
 
 
 def meet(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -196,9 +213,15 @@ def leave_process_group(worker: int) -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, instead of ending the process."""
+    """An event that is set by signals that would end the process, or, as Slurm's SIGUSR1, warn it of its end.
+
+    SIGHUP, of a terminal that is closed, stays ignored where `nohup` had it ignored.
+    """
     asked = threading.Event()
-    former = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    former = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
     try:
         yield asked
     finally:

@@ -4,6 +4,7 @@ In double precision, so that nothing hides behind rounding; with inversion at bo
 Measured: in three iterations the v's of the couplings differ by at most 2e-11 of their gradient, and all other
 parameters by at most 9e-12.
 """
+import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,38 @@ def test_an_environment_that_describes_half_a_group_is_the_users_mistake(monkeyp
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"RANK and WORLD_SIZE are set, but.*{complaint}"):
         distributed.start("cpu")
+
+
+def test_who_waits_for_processes_that_do_not_start_says_so(monkeypatch, capsys):
+    said = ""
+
+    def rendezvous(*_, **__):
+        nonlocal said
+        until = time.monotonic() + 60
+        while "unset" not in said and time.monotonic() < until:
+            said += capsys.readouterr().err
+        raise ValueError("enough")
+        yield
+
+    monkeypatch.setattr(distributed, "SAY_AFTER", 0.01)
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="enough"):
+        distributed.start("cpu")
+    assert "rank 0 is still waiting for the others" in said and "so 4 processes must start and meet at host:7" in said
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    for handler in (signal.SIG_IGN, signal.SIG_DFL):
+        former = signal.signal(signal.SIGHUP, handler)
+        try:
+            with distributed.stop_on_signal() as asked:
+                signal.raise_signal(signal.SIGUSR1 if handler == signal.SIG_IGN else signal.SIGHUP)
+                assert asked.is_set() and (signal.getsignal(signal.SIGHUP) == handler) == (handler == signal.SIG_IGN)
+            assert signal.getsignal(signal.SIGHUP) == handler
+        finally:
+            signal.signal(signal.SIGHUP, former)
 
 
 def test_seeds_differ_wherever_one_of_their_numbers_does():

@@ -1,5 +1,6 @@
 """What a run logs can be read back, and a run that goes on leaves no second version of anything."""
 import json
+import re
 import sys
 
 import numpy as np
@@ -19,11 +20,13 @@ def board(folder) -> EventAccumulator:
 def test_all_three_logs_say_the_same(tmp_path, capsys):
     log = TrainingLog(tmp_path, "run", 0)
     log.line("[01/2] loss: 0.5000")
-    log.scalars(10, loss=0.5, gradient_norm=float("nan"))
-    log.strip(10, "strip/boat", [np.full((4, 3), 254.6), np.full((4, 3), np.nan), np.full((4, 3), -7.0)])
+    log.scalars(10, {"loss": 0.5, "gradient norm": float("nan")})
+    log.picture(10, "strip/boat", np.zeros((4, 9), np.uint8))
     log.record({"iteration": 10, "loss": 0.5, "v": {"steps.0.v": float("inf")}, "alpha": [0.25]})
     log.close()
-    assert (tmp_path / "run.txt").read_text() == "[01/2] loss: 0.5000\n" == capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"\[01/2\] loss: 0\.5000, \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", printed)
+    assert (tmp_path / "run.txt").read_text() == printed
     assert json.loads((tmp_path / "run.jsonl").read_text()) == {"iteration": 10, "loss": 0.5, "alpha": [0.25],
                                                                 "v": {"steps.0.v": None}}
     events = board(tmp_path / "run")
@@ -36,13 +39,13 @@ def test_all_three_logs_say_the_same(tmp_path, capsys):
 def test_a_run_that_goes_on_drops_what_it_will_say_again(tmp_path):
     log = TrainingLog(tmp_path, "run", 0)
     for iteration in (10, 20, 30):
-        log.scalars(iteration, loss=iteration / 100)
+        log.scalars(iteration, {"loss": iteration / 100})
         log.record({"iteration": iteration})
     log.close()
     with open(tmp_path / "run.jsonl", "a") as file:
         file.write('{"iteration": 40, "lo')  # of a killed process
     log = TrainingLog(tmp_path, "run", 20)
-    log.scalars(30, loss=0.1)
+    log.scalars(30, {"loss": 0.1})
     log.record({"iteration": 30})
     log.close()
     lines = (tmp_path / "run.jsonl").read_text().splitlines()
@@ -54,7 +57,7 @@ def test_a_run_that_goes_on_drops_what_it_will_say_again(tmp_path):
 def test_without_tensorboard_the_other_logs_are_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = TrainingLog(tmp_path, "run", 0)
-    log.scalars(1, loss=0.5)
+    log.scalars(1, {"loss": 0.5})
     log.record({"iteration": 1})
     log.close()
     assert [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
@@ -72,11 +75,11 @@ def test_a_run_that_begins_puts_the_log_of_another_aside(tmp_path):
         assert log.notice == (f"an earlier run's log is kept as {tmp_path / f'run.{number}.txt'} and beside it"
                               if number else "")
         log.line(f"run {number}")
-        log.scalars(1, loss=number)
+        log.scalars(1, {"loss": number})
         log.record({"iteration": 1, "loss": number})
         log.close()
     for name, number in (("run", 2), ("run.1", 0), ("run.2", 1)):
-        assert (tmp_path / f"{name}.txt").read_text() == f"run {number}\n"
+        assert (tmp_path / f"{name}.txt").read_text().startswith(f"run {number}, ")
         assert json.loads((tmp_path / f"{name}.jsonl").read_text())["loss"] == number
         assert [event.value for event in board(tmp_path / name).Scalars("loss")] == [number]
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.training.test_train_cli import NAME, call_train, flags, read_state, same, weights
 from tests.training.test_train_cli import data as data
@@ -31,11 +32,16 @@ def test_one_process_and_two_that_share_its_batches_train_one_model(data, tmp_pa
     status, printed, complaints = start(*flags(data, tmp_path / "one", "--accumulate", "2"))
     assert status == 0, complaints
     assert set((tmp_path / "one" / "log" / f"{NAME}.txt").read_text().splitlines()) <= set(printed.splitlines())
-    status, printed, complaints = start(*flags(data, tmp_path / "two"), launcher=LAUNCHER)
+    shutil.copytree(data / "pristine_images", data / "Pair")
+    shutil.move(data / "Pair" / "more" / "coffee.png", data / "Pair" / "coffee.png")
+    status, printed, complaints = start(*flags(data, tmp_path / "two", "--testset_name", "Pair"), launcher=LAUNCHER)
     assert status == 0 and printed.count("[02/2] loss") == 1, complaints
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
     state = read_state(tmp_path / "two")
     assert state.processes == 2 and len(state.random) == 2
+    board = EventAccumulator(str(tmp_path / "two" / "log" / NAME))
+    board.Reload()
+    assert {tag.split("/")[-1] for tag in board.Tags()["images"]} == {"astronaut", "coffee"}  # each rank tested one
 
 
 def test_processes_that_find_different_states_all_stop(data, tmp_path):

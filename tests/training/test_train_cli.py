@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +15,8 @@ import cv2
 import pytest
 import skimage
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 import train
 from model import IDM, BlockCompressedSensing
@@ -108,10 +111,11 @@ def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(whole,
     call("--num_workers", "1")
     assert "from iteration 3" in capsys.readouterr().out
     assert same(weights(tmp_path), weights(whole))
-    resumed, uninterrupted = ((place / "log" / f"{NAME}.txt").read_text().splitlines()[-3:]
-                              for place in (tmp_path, whole))
-    assert resumed[0].split(", ")[0] == uninterrupted[0].split(", ")[0]  # the loss over both halves of the epoch
-    assert resumed[1:] == uninterrupted[1:]  # the scores
+    resumed, uninterrupted = (
+        [line.split(", ") for line in (place / "log" / f"{NAME}.txt").read_text().splitlines()[-3:]]
+        for place in (tmp_path, whole))
+    assert resumed[0][0] == uninterrupted[0][0]  # the loss over both halves of the epoch
+    assert [line[:-1] for line in resumed[1:]] == [line[:-1] for line in uninterrupted[1:]]  # the scores, but the time
 
 
 def plain_steps(state: dict, data: Path, rates: list[float]) -> tuple[dict, dict]:
@@ -184,22 +188,69 @@ def before_steps(monkeypatch, act: Callable) -> None:
     monkeypatch.setattr(train, "train_step", step)
 
 
-def test_a_signal_saves_the_state_and_ends_the_run(call, monkeypatch, tmp_path, capsys):
-    before_steps(monkeypatch, lambda run: run.progress.iteration == 2 and os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])  # of a terminal that closes; of Slurm
+def test_a_signal_saves_the_state_and_ends_the_run(call, monkeypatch, tmp_path, capsys, name):
+    number = getattr(signal, name)
+    before_steps(monkeypatch, lambda run: run.progress.iteration == 2 and os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as ended:
         call("--iters_per_epoch", "9")
     assert ended.value.code == 130  # so that nothing that waits for the run's end takes this for it
     assert read_state(tmp_path).progress.iteration == 3
     assert "stopped by a signal after iteration 3" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
-def test_a_signal_in_the_last_iteration_lets_the_run_end(call, monkeypatch, tmp_path, capsys):
+def test_after_a_signal_in_the_last_iteration_only_the_tests_are_left_to_do(call, monkeypatch, tmp_path, capsys):
     before_steps(monkeypatch, lambda run: os.kill(os.getpid(), signal.SIGINT))
-    call("--max_iters", "1")
+    with pytest.raises(SystemExit):
+        call("--max_iters", "1")
     assert read_state(tmp_path).progress.iteration == 1 and weights(tmp_path)
+    assert "test skipped" not in capsys.readouterr().out
     call("--max_iters", "1")
+    assert len(tests(tmp_path)) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing is left to do; ")
+
+
+def test_a_signal_in_a_test_is_heard_in_the_midst_of_a_picture(call, whole, monkeypatch, tmp_path, capsys):
+    """The run then goes on with that test."""
+    computed = []
+
+    def signalled(process, net, *arguments, **more):
+        net.unet.conv_in.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        net.unet.conv_out.register_forward_hook(lambda *_: computed.append(1))
+        return evaluate_spread(process, net, *arguments, **more)
+
+    evaluate_spread = report.evaluate_spread
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(report, "evaluate_spread", signalled)
+        call()
+    assert ended.value.code == 130 and not computed
+    assert "stopped by a signal after iteration 2; the same command goes on" in capsys.readouterr().out
+    call()
+    assert tests(tmp_path) == tests(whole) and len(tests(whole)) == 2
+    assert same(weights(tmp_path), weights(whole))
+
+
+def tests(place: Path) -> list[dict]:
+    """What a run's log says of the tests after each epoch."""
+    return [json.loads(line)["tests"] for line in (place / "log" / f"{NAME}.jsonl").read_text().splitlines()]
+
+
+def test_tensorboard_begins_with_the_loss_and_has_all_v_in_one_chart(whole):
+    board = EventAccumulator(str(whole / "log" / NAME))
+    board.Reload()
+    tags = board.Tags()
+    curves = sorted(tags["scalars"], key=str.lower)
+    assert curves[0] == "loss" and [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
+    strip = "back-projection, reconstruction, truth at"
+    assert sorted(tags["images"]) == [f"{strip} {ratio}/camera" for ratio in (0.1, 0.5)]
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: [tag for tag in curves if re.fullmatch(chart.multiline.tag[0], tag)]
+              for category in layout.category for chart in category.chart}
+    scalars = [name for name, value in IDM.compact(32, 2, 4).named_parameters() if name.endswith(".v")]
+    assert charts["v"] == sorted(f"v/{name.removesuffix('.v')}" for name in scalars) and len(scalars) > 20
+    assert charts["alpha"] == ["schedule/alpha 1", "schedule/alpha 2"]
 
 
 def test_a_run_without_finite_losses_ends_and_keeps_its_state(call, monkeypatch, tmp_path, capsys):
@@ -220,7 +271,7 @@ def test_a_run_without_finite_losses_ends_and_keeps_its_state(call, monkeypatch,
     progress, printed = read_state(tmp_path).progress, capsys.readouterr().out
     assert (progress.iteration, progress.skipped, progress.skipped_in_a_row) == (12, 11, 8)  # of the last whole epoch
     assert "[01/20] loss: nan" in printed and "[02/20] loss: 0." in printed
-    assert ", 3 iterations skipped so far" in printed and "note       no test after each epoch" in printed
+    assert ", 3 iterations skipped so far" in printed
 
 
 def test_a_checkpoint_of_part_of_an_epoch_is_replaced_by_the_whole_ones(call, monkeypatch):
@@ -263,15 +314,15 @@ def test_a_step_without_enough_memory_says_what_to_do(call, monkeypatch, capsys,
                                        "--batch_size or --patch_size, or --invertible both\n")
 
 
-def test_tests_that_a_kill_prevented_are_made_up_for(call, monkeypatch, tmp_path, capsys):
+def test_tests_that_a_kill_prevented_are_made_up_for(call, whole, monkeypatch, tmp_path, capsys):
     """In the middle of a run and at its end; with the scores of a run that was not killed."""
     test, ends = report.test, {2, 4}
 
-    def killed(run, ratio):
+    def killed(run, ratio, stop):
         if run.progress.iteration in ends and ratio == 0.5:
             ends.remove(run.progress.iteration)
             raise SystemExit
-        return test(run, ratio)
+        return test(run, ratio, stop)
 
     monkeypatch.setattr(report, "test", killed)
     for _ in range(2):
@@ -279,12 +330,7 @@ def test_tests_that_a_kill_prevented_are_made_up_for(call, monkeypatch, tmp_path
             call()
     call()
     assert not ends and capsys.readouterr().out.splitlines()[-1].startswith("nothing is left to do; ")
-    call(place=tmp_path / "whole")
-    records, expected = ([json.loads(line) for line in (place / "log" / f"{NAME}.jsonl").read_text().splitlines()]
-                         for place in (tmp_path, tmp_path / "whole"))
-    assert [record["iteration"] for record in records] == [2, 4]
-    for name in ("tests", "loss", "v"):
-        assert [record[name] for record in records] == [record[name] for record in expected]
+    assert tests(tmp_path) == tests(whole) and len(tests(whole)) == 2
 
 
 def test_a_run_that_has_not_begun_may_be_started_with_other_settings(call, monkeypatch, tmp_path):
@@ -304,8 +350,9 @@ def test_a_seed_of_any_length_and_many_unreadable_pictures(call, data, tmp_path,
     folder = shutil.copytree(data / "pristine_images", tmp_path / "pictures")
     for number in range(12):
         (folder / f"broken{number:02}.png").write_bytes(b"")
-    call("--train_dir", str(folder), "--seed", "5000000000", "--max_iters", "1")
+    call("--train_dir", str(folder), "--seed", "5000000000", "--max_iters", "1", "--testset_name", "Set11")
     assert "and 2 more" in (printed := capsys.readouterr().out) and f"are named in {tmp_path}" in printed
+    assert "note       no test after each epoch, since there is no folder" in printed  # that is tested on by default
     assert "cannot be read: broken00.png, broken01.png" in (log := (tmp_path / "log" / f"{NAME}.txt").read_text())
     assert "broken11.png" in log
 
@@ -331,6 +378,7 @@ def test_a_seed_of_any_length_and_many_unreadable_pictures(call, data, tmp_path,
     (["--device", "mps:9"], "--device mps:9 cannot be used"),
     (["--model_dir", "/dev/null/weight"], "choose another --model_dir"),
     (["--log_dir", "/dev/null"], "cannot write into /dev/null (it is a file); choose another --log_dir"),
+    (["--testset_name", "Tinny"], "Tinny: a test set is a folder of pictures in"),
     (["--train_dir", "nowhere"], "there is no folder nowhere"),
     (["--patch_size", "512"], "none of the 2 pictures"),
     (["--width", "30"], "--width 30"),

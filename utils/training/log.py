@@ -2,13 +2,16 @@
 import itertools
 import json
 import math
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.data.images import in_8_bits
 from utils.files import append_line, explained, write_whole
+
+# Under "Custom scalars" all curves whose names match are in one chart.
+CHARTS = {"network": {"v": ["Multiline", ["v/.*"]], "alpha": ["Multiline", ["schedule/.*"]]}}
 
 
 class TrainingLog:
@@ -42,27 +45,28 @@ class TrainingLog:
             self.iteration = max(map(_iteration, kept), default=0)
 
     def line(self, text: str) -> None:
-        """Print a line, and add it to the text log."""
+        """Print a line with the time at its end, and add it to the text log."""
+        text = f"{text}, {datetime.now():%Y-%m-%d %H:%M:%S}"
         print(text, flush=True)
         append_line(self.text, text)
 
-    def scalars(self, iteration: int, **values: float) -> None:
+    def scalars(self, iteration: int, values: dict[str, float]) -> None:
         """Points of TensorBoard's curves, a name each; those that are not finite are left out."""
         with explained(self.curves):
             for name, value in values.items():
                 if self.board and math.isfinite(value):
                     self.board.add_scalar(name, value, iteration)
 
-    def strip(
+    def picture(
         self,
         iteration: int,
         name: str,
-        pictures: list[np.ndarray],  # (H, W) in [0, 255] each, of one height; shown side by side
+        picture: np.ndarray,  # (H, W) uint8
     ) -> None:
-        """A row of pictures for TensorBoard."""
+        """A picture for TensorBoard."""
         if self.board:
             with explained(self.curves):
-                self.board.add_image(name, in_8_bits(np.hstack(pictures)), iteration, dataformats="HW")
+                self.board.add_image(name, picture, iteration, dataformats="HW")
 
     def record(self, values: dict[str, Any]) -> None:
         """One line of JSON, which has "iteration" among its values; what is not finite becomes null."""
@@ -100,7 +104,9 @@ class TrainingLog:
         except ImportError:
             return None
         with explained(self.curves):
-            return SummaryWriter(str(self.curves), purge_step=iteration + 1)
+            board = SummaryWriter(str(self.curves), purge_step=iteration + 1)
+            board.add_custom_scalars(CHARTS)
+            return board
 
 
 def _iteration(line: str) -> float:

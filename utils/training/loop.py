@@ -24,15 +24,23 @@ Step = Callable[[Run, Iterator[Tensor]], tuple[Tensor, Tensor]]
 
 
 def train(run: Run, step: Step, unlogged: dict[str, Any] | None = None) -> bool:
-    """Train until the last iteration; False where a signal stopped it before.
+    """Train until the last iteration; False where a signal stopped it before, which the last state then outlives.
 
     Args:
         run: what to train, and from where on.
         step: one iteration.
         unlogged: record of an epoch after which the run was killed before its tests were done.
     """
+    with distributed.stop_on_signal() as stop:
+        if test_and_log(run, unlogged, stop) and train_epochs(run, step, stop):
+            return True
+    run.report(f"stopped by a signal after iteration {run.progress.iteration}; the same command goes on from there")
+    return False
+
+
+def train_epochs(run: Run, step: Step, stop: threading.Event) -> bool:
+    """Train until the last iteration; False where `stop`, which a signal sets, has ended it before."""
     settings, process, progress = run.settings, run.process, run.progress
-    test_and_log(run, unlogged)
     if progress.iteration >= settings.last_iteration:
         process.print(f"nothing is left to do; the weights are in {settings.folder}")
         return True
@@ -44,16 +52,14 @@ def train(run: Run, step: Step, unlogged: dict[str, Any] | None = None) -> bool:
     loader = DataLoader(run.crops, batch_sampler=run.crop_numbers(), num_workers=settings.num_workers,
                         worker_init_fn=distributed.leave_process_group, pin_memory=process.device.type == "cuda",
                         generator=torch.Generator())  # its own, that a start draws nothing from everybody's
-    with distributed.stop_on_signal() as stop_asked:
-        batches = Batches(iter(loader))  # in here, so that Ctrl-C does not end a worker that is only starting
-        while progress.iteration < settings.last_iteration:
-            epoch = Epoch(run)
-            if not train_epoch(run, epoch, step, batches, stop_asked):
-                run.save()
-                run.report(f"stopped by a signal after iteration {progress.iteration}; the same command goes on from "
-                           "there")
-                return False
-            finish_epoch(run, epoch, batches)
+    batches = Batches(iter(loader))
+    while progress.iteration < settings.last_iteration:
+        epoch = Epoch(run)
+        if not train_epoch(run, epoch, step, batches, stop):
+            run.save()
+            return False
+        if not finish_epoch(run, epoch, batches, stop):
+            return False
     process.print(f"done; the weights are in {settings.folder}")
     return True
 
@@ -78,8 +84,8 @@ class Batches:
         return batch
 
 
-def train_epoch(run: Run, epoch: Epoch, step: Step, batches: Batches, stop_asked: threading.Event) -> bool:
-    """Train to the end of the epoch or of the run; False where a signal stopped it before."""
+def train_epoch(run: Run, epoch: Epoch, step: Step, batches: Batches, stop: threading.Event) -> bool:
+    """Train to the end of the epoch or of the run; False where it was stopped before."""
     settings, process, progress = run.settings, run.process, run.progress
     pulse, saved = distributed.Pulse(process, progress.iteration + 1), time.monotonic()
     with epoch.bar() as bar:
@@ -90,12 +96,12 @@ def train_epoch(run: Run, epoch: Epoch, step: Step, batches: Batches, stop_asked
             bar.update()
             epoch.point(loss, norm)
             save_due = process.is_main and time.monotonic() - saved > 60 * settings.save_minutes
-            if not pulse.due(progress.iteration, stop_asked.is_set() or save_due):
+            if not pulse.due(progress.iteration, stop.is_set() or save_due):
                 continue
-            stop, save_due = pulse.confer(progress.iteration, [stop_asked.is_set(), save_due])
+            stopped, save_due = pulse.confer(progress.iteration, [stop.is_set(), save_due])
             epoch.show(bar, loss)
             give_up_if_nothing_is_finite(run)
-            if stop:
+            if stopped:
                 return progress.iteration == epoch.end
             if save_due and progress.iteration < epoch.end:  # at its end, the state will hold the epoch's record
                 run.save()
@@ -112,8 +118,8 @@ def give_up_if_nothing_is_finite(run: Run) -> None:
                  "--precision fp32, with another --model_dir")
 
 
-def finish_epoch(run: Run, epoch: Epoch, batches: Batches) -> None:
-    """Report, save and test after an epoch, or after the part of one that `--max_iters` leaves."""
+def finish_epoch(run: Run, epoch: Epoch, batches: Batches, stop: threading.Event) -> bool:
+    """Save and test after an epoch, or after the part of one that `--max_iters` leaves; False where it was stopped."""
     settings, iteration = run.settings, run.progress.iteration
     run.read_totals()
     record = epoch.record(batches.waited)
@@ -126,4 +132,4 @@ def finish_epoch(run: Run, epoch: Epoch, batches: Batches) -> None:
     if run.process.is_main and due:
         (run.save_checkpoint or save_checkpoint)(run.best, settings.folder, epoch.number)
     run.save(unlogged=record)  # after the checkpoint: what a state counts as done is all there
-    test_and_log(run, record)
+    return test_and_log(run, record, stop)

@@ -1,13 +1,18 @@
 """What a training run prints and logs: at its start, while an epoch goes on, and after each."""
 import math
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils.data.images import in_8_bits
 from utils.data.testsets import Picture
 from utils.errors import UserError
 from utils.evaluation.evaluate import Result, evaluate, evaluate_spread, mean_scores
@@ -71,8 +76,8 @@ class Epoch:
         iteration, settings = self.run.progress.iteration, self.run.settings
         if self.run.log and (iteration % math.ceil(settings.iters_per_epoch / POINTS) == 0 or iteration == self.end):
             self.norm = float(norm)
-            self.run.log.scalars(iteration, loss=float(loss), gradient_norm=self.norm,
-                                 learning_rate=learning_rate(settings, iteration - 1))
+            self.run.log.scalars(iteration, {"loss": float(loss), "optimizer/gradient norm": self.norm,
+                                             "optimizer/learning rate": learning_rate(settings, iteration - 1)})
 
     def images_per_second(self) -> float:
         images = (self.run.progress.iteration - self.start) * self.run.batches * self.run.settings.batch_size
@@ -119,33 +124,40 @@ def summary(run: Run, record: dict[str, Any]) -> str:
             f"{record['peak_memory_mb']:.0f} MB{skipped}")
 
 
-def test_and_log(run: Run, record: dict[str, Any] | None) -> None:
+def test_and_log(run: Run, record: dict[str, Any] | None, stop: threading.Event) -> bool:
     """Report an epoch, test after it and log its record, unless the log has it; every rank must call it.
 
-    A state holds the record, so that a run that was killed here does both when it is taken up again.
+    A state holds the record, so that a run that was killed or stopped here does all of it when it is taken up again.
+    Returns False where `stop`, which a signal sets, has ended it.
     """
     logged = bool(run.log and run.log.iteration == run.progress.iteration)
     if record is None or any(run.process.all_gather(logged)):
-        return
+        return True
     run.report(summary(run, record))
-    record["tests"] = test_all(run)
-    if not run.log:
-        return
-    curves = {name: record[name] for name in ("images_per_second", "data_wait", "peak_memory_mb", "skipped")}
-    curves |= {f"alpha/{t}": alpha for t, alpha in enumerate(record.get("alpha", []), start=1)}
-    curves |= {f"v/{name.removesuffix('.v')}": value for name, value in record["v"].items()}
+    record["tests"] = {}
+    for ratio in run.settings.cs_ratio.to_test if run.testset else []:
+        record["tests"][f"{ratio:g}"] = test(run, ratio, stop)
+        if any(run.process.all_gather(stop.is_set())):
+            return False
+    if run.log:
+        run.log.scalars(record["iteration"], curves(run, record))
+        run.log.record(record)
+    return True
+
+
+def curves(run: Run, record: dict[str, Any]) -> dict[str, float]:
+    """Points of TensorBoard's curves, which it shows in the order of their names: after the loss, what matters less."""
+    points = {"optimizer/skipped iterations": record["skipped"], "machine/images per second": record[
+        "images_per_second"], "machine/waiting for data": record["data_wait"],
+        "machine/peak memory, MB": record["peak_memory_mb"]}
     for ratio, scores in record["tests"].items():
-        curves |= {f"{name}/{run.settings.testset_name} at {ratio}": value for name, value in scores.items()}
-    run.log.scalars(record["iteration"], **curves)
-    run.log.record(record)
+        points |= {f"{name}/{run.settings.testset_name} at {ratio}": value for name, value in scores.items()}
+    points |= {f"schedule/{name} {t}": value for name, values in record.items() if isinstance(values, list)
+               for t, value in enumerate(values, start=1)}
+    return points | {f"v/{name.removesuffix('.v')}": value for name, value in record["v"].items()}
 
 
-def test_all(run: Run) -> dict[str, dict[str, float]]:
-    """The scores at each ratio, by ratio; every rank must call it."""
-    return {f"{ratio:g}": test(run, ratio) for ratio in (run.settings.cs_ratio.to_test if run.testset else [])}
-
-
-def test(run: Run, ratio: float) -> dict[str, float]:
+def test(run: Run, ratio: float, stop: threading.Event) -> dict[str, float]:
     """Average scores of the network as it is, and a few pictures for TensorBoard; every rank must call it.
 
     Returns nothing, and says why, where the test fails: that does not end a training run.
@@ -155,25 +167,44 @@ def test(run: Run, ratio: float) -> dict[str, float]:
     label = f"[{epoch:02d}/{settings.epoch}] {settings.testset_name}, ratio {ratio:g}"
     measurement = Measurement("cs", {"cs_ratio": ratio, "block_size": settings.block_size}, TEST_SEED)
     protocol = Protocol(measurement, settings.precision)
-    shown = []
+    strips = {}
 
     def each(picture: Picture, result: Result) -> None:
-        if run.log and len(shown) < STRIPS:
-            shown.append(picture)
+        if picture in run.testset[:STRIPS]:
             (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], protocol)
-            strip = [back.reconstruction, result.reconstruction, picture.luminance]
-            run.log.strip(iteration, f"back-projection, reconstruction, truth at {ratio:g}/{picture.name}", strip)
+            strips[picture.name] = in_8_bits(np.hstack([back.reconstruction, result.reconstruction,
+                                                        picture.luminance]))
 
     net.eval()
     try:
-        scores = mean_scores(evaluate_spread(run.process, net, run.testset, protocol, each=each))
+        with ended_by(stop, net if not settings.compile else nn.Module()):
+            results = evaluate_spread(run.process, net, run.testset, protocol, each=each)
     except UserError as error:
-        run.report(f"{label}: test skipped: {error}")
+        if not stop.is_set():
+            run.report(f"{label}: test skipped: {error}")
         return {}
     finally:
         run.net.train()
+    scores = mean_scores(results)
     run.report(f"{label}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
+    for name, strip in ((name, strip) for part in run.process.gather(strips) for name, strip in part.items()):
+        run.log.picture(iteration, f"back-projection, reconstruction, truth at {ratio:g}/{name}", strip)
     return {"psnr": scores.psnr, "ssim": scores.ssim}
+
+
+@contextmanager
+def ended_by(stop: threading.Event, net: nn.Module) -> Iterator[None]:
+    """Have a UserError raised in the midst of what `net` computes once `stop` is set: a picture may take minutes."""
+    def check(*_: Any) -> None:
+        if stop.is_set():
+            raise UserError("a signal asks the run to end")
+
+    hooks = [module.register_forward_pre_hook(check) for module in net.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def peak_memory(run: Run) -> int:

@@ -15,6 +15,7 @@ from utils.flags import LARGEST_BLOCK, Parser, place, positive, ratios, run_name
 from utils.training.losses import LOSSES
 
 PAPER_RATIOS = (0.1, 0.3, 0.5)  # that the paper reports
+NO_TESTS = "none"  # in place of a test set
 TEST_SEED = 2025  # of the matrix and the permutations that test.py, too, measures test sets with
 
 
@@ -140,8 +141,8 @@ class Settings:
                                   of_machine=True)
     no_cache: bool = flag(False, "decode all pictures into memory, at every start and in every process",
                           action="store_true", decides=False)
-    testset_name: str | None = flag("Set11", "tested on after each epoch: a folder of DATA_DIR, or Samples",
-                                    decides=False)
+    testset_name: str = flag("Set11", f"tested on after each epoch: a folder of DATA_DIR, or Samples; or {NO_TESTS}",
+                             decides=False)
     model_dir: Path = flag(Path("weight"), "checkpoints and states go into a folder of it", type=place, of_machine=True)
     log_dir: Path = flag(Path("log"), "logs go here", type=place, of_machine=True)
     save_interval: int = flag(10, "epochs between checkpoints; the last is saved always", type=whole(1), decides=False)

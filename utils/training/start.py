@@ -20,7 +20,7 @@ from utils.errors import UserError, listed
 from utils.training.log import TrainingLog
 from utils.training.report import opening
 from utils.training.run import Run, configuration
-from utils.training.settings import Settings, check_configuration
+from utils.training.settings import NO_TESTS, Settings, check_configuration
 from utils.training.state import (
     Progress,
     TrainingState,
@@ -149,16 +149,22 @@ def check_state(state: TrainingState, now: dict[str, Any], settings: Settings, p
 
 
 def open_testset(settings: Settings, process: Process) -> tuple[list[Picture], list[str]]:
-    """The pictures to test on, none where a machine has no such set; and what there is to say about it."""
-    if settings.testset_name is None:
+    """The pictures to test on, and what there is to say where a machine has not those that are tested on by default.
+
+    Raises:
+        UserError: where a machine has no such set, although it was asked for.
+    """
+    if settings.testset_name == NO_TESTS:
         return [], []
-    problem = "another machine has not the pictures"
+    problem = f"another machine has no pictures of {settings.testset_name}"
     try:
         pictures = load_testset(settings.testset_name, settings.data_dir)
     except UserError as error:
-        pictures, problem = [], error
+        pictures, problem = [], str(error)
     if all(process.all_gather(len(pictures))):
         return pictures, []
+    if settings.testset_name != Settings.testset_name:
+        raise UserError(f"{problem}; or use --testset_name {NO_TESTS}")
     return [], [f"no test after each epoch, since {problem}"]
 
 
