@@ -472,9 +472,9 @@ def test_training_can_start_from_a_checkpoint(whole, tmp_path):
     for source, expected in ((whole / "weight" / NAME / "pretrained", weights(whole)),
                              (tmp_path / "net_params_2.pkl", published.state_dict())):
         settings = Settings(base_model=str(source), step_number=2, patch_size=32, precision="fp32").completed()
-        assert same(start.build_run(settings, alone, None, None).net.state_dict(), expected)
+        assert same(start.build_run(settings, alone, None, None, start.build_idm).net.state_dict(), expected)
         with pytest.raises(UserError, match="use --step_number 2"):
-            start.build_run(replace(settings, step_number=3), alone, None, None)
+            start.build_run(replace(settings, step_number=3), alone, None, None, start.build_idm)
 
 
 def test_without_flags_all_is_as_published(monkeypatch):
