@@ -9,6 +9,7 @@ import torch
 
 from model import IDM, BlockCompressedSensing
 from utils.errors import UserError
+from utils.training import start
 from utils.training import state as training_state
 
 REAL_SAVE = torch.save
@@ -199,3 +200,33 @@ def test_checkpoints_reconstruct_what_the_network_did(tmp_path, heads):
         assert expected.isfinite().all()
         for name in [*published, "pretrained"]:
             assert torch.equal(IDM.from_checkpoint(tmp_path / name)(y, operator), expected), name
+
+
+def test_an_optimizers_state_follows_its_parameters_by_name():
+    """Into a network with one more among them, whose first step is as that of a new optimizer."""
+    def build(**more: int) -> torch.nn.ModuleDict:
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({name: torch.nn.Linear(size, 1, bias=False) for name, size in more.items()})
+
+    def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for step in range(steps):
+            optimizer.zero_grad()
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, 1.0 + step)
+            optimizer.step()
+
+    old, new = build(a=2, c=3), build(a=2, b=5, c=3)
+    adam = torch.optim.Adam(old.parameters(), lr=0.1, fused=True)
+    train(old, adam, 3)
+    new.load_state_dict(old.state_dict(), strict=False)
+    before = new["b"].weight.detach().clone()
+    other = torch.optim.Adam(new.parameters(), lr=0.1, fused=True)
+    other.load_state_dict(start.renumbered(adam.state_dict(), list(old.state_dict()), new))
+    train(old, adam, 1)
+    train(new, other, 1)
+    assert all(torch.equal(old[name].weight, new[name].weight) for name in "ac")
+    assert torch.allclose(before - new["b"].weight, torch.tensor(0.1))
+    for damaged in ({"a.weight": torch.zeros(1, 2)}, {**new.state_dict(), "d": torch.zeros(1)},
+                    {**new.state_dict(), "a.weight": torch.zeros(7)}):
+        with pytest.raises(UserError, match="the weights in the state do not fit the network"):
+            start.load_weights(new, damaged)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import IDM, WeightsError, checkpoint
 from model.weight_files import read_config
@@ -31,6 +31,8 @@ from utils.training.state import (
     restore_random_states,
     seed_all,
 )
+
+YOUNGER = {"log_damping"}  # parameters that states of earlier versions have not
 
 # Builds the network that settings describe or, where it is not None, the configuration in a state.
 Builder = Callable[[Settings, Process, dict[str, Any] | None], nn.Module]
@@ -181,7 +183,7 @@ def build_run(settings: Settings, process: Process, crops: TrainingCrops, state:
     """Build the network, its average and the optimizer, as a state has them where there is one."""
     net = build(settings, process, state and state.network)
     if state:
-        net.load_state_dict(state.model)
+        load_weights(net, state.model)
     with memory_suffices(f"for the network on {process.device}; choose another --device"):
         net.to(process.device)
         ema = deepcopy(net).requires_grad_(False).eval() if settings.ema else None
@@ -190,13 +192,38 @@ def build_run(settings: Settings, process: Process, crops: TrainingCrops, state:
     if not state:
         return Run(settings, process, crops, net, ema, optimizer, scaler, Progress())
     if ema and state.ema:  # a run that decays from one without an average begins one
-        ema.load_state_dict(state.ema)
-    optimizer.load_state_dict(state.optimizer)
+        load_weights(ema, state.ema)
+    optimizer.load_state_dict(renumbered(state.optimizer, list(state.model), net))
     if state.scaler:  # that of another precision has none
         scaler.load_state_dict(state.scaler)
     if process.rank < len(state.random):
         restore_random_states(state.random[process.rank])
     return Run(settings, process, crops, net, ema, optimizer, scaler, state.progress)
+
+
+def load_weights(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load those of a state; what is younger than the state stays as it was built.
+
+    Raises:
+        UserError: where they do not fit.
+    """
+    try:
+        absent, unknown = net.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # of shapes
+        raise UserError(f"the weights in the state do not fit the network ({error})") from error
+    if wrong := [*(set(absent) - YOUNGER), *unknown]:
+        raise UserError(f"the weights in the state do not fit the network: {listed(wrong)}")
+
+
+def renumbered(optimizer: dict[str, Any], names: list[str], net: nn.Module) -> dict[str, Any]:
+    """Return an optimizer's state, saved with weights of these names, with its parameters numbered as in `net`."""
+    now = [name for name, _ in net.named_parameters()]
+    parameters = set(now)
+    numbers = {name: number for number, name in enumerate(name for name in names if name in parameters)}
+    state = {number: optimizer["state"][numbers[name]] for number, name in enumerate(now)
+             if numbers.get(name) in optimizer["state"]}
+    (group,) = optimizer["param_groups"]
+    return {"state": state, "param_groups": [{**group, "params": list(range(len(now)))}]}
 
 
 def build_idm(settings: Settings, process: Process, config: dict[str, Any] | None) -> IDM:
