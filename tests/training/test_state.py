@@ -2,6 +2,7 @@
 import errno
 import os
 import random
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -186,7 +187,9 @@ def test_checkpoints_reconstruct_what_the_network_did(tmp_path, heads):
     torch.manual_seed(0)
     net = IDM((32, 64), num_steps=1, num_attention_heads=heads).eval()
     with torch.no_grad():
-        for parameter in net.parameters():
+        for name, parameter in net.named_parameters():
+            if name == "log_damping":  # which the published format cannot say either
+                continue
             parameter += 0.03 * torch.rand_like(parameter)
     operator = BlockCompressedSensing.random((32, 32), 0.25, 16, torch.Generator().manual_seed(0))
     y = operator.A(torch.rand(1, 1, 32, 32))
@@ -221,7 +224,7 @@ def test_an_optimizers_state_follows_its_parameters_by_name():
     new.load_state_dict(old.state_dict(), strict=False)
     before = new["b"].weight.detach().clone()
     other = torch.optim.Adam(new.parameters(), lr=0.1, fused=True)
-    other.load_state_dict(start.renumbered(adam.state_dict(), list(old.state_dict()), new))
+    other.load_state_dict(start.renumbered(deepcopy(adam.state_dict()), list(old.state_dict()), new))
     train(old, adam, 1)
     train(new, other, 1)
     assert all(torch.equal(old[name].weight, new[name].weight) for name in "ac")

@@ -100,7 +100,7 @@ def test_a_run_leaves_checkpoints_that_load_and_a_log(whole):
     torch.manual_seed(2025)
     fresh = IDM.compact(width=32, num_steps=2, shuffle=4)
     moved = [name for name, tensor in own.state_dict().items() if not torch.equal(tensor, fresh.state_dict()[name])]
-    assert len(moved) == len(fresh.state_dict())
+    assert set(fresh.state_dict()) - set(moved) == {"log_damping"}  # which only noise moves
     # Four steps of Adam at 1e-4 move no number by more than 4e-4 and a little.
     assert max(float((own.state_dict()[name] - fresh.state_dict()[name]).abs().max()) for name in moved) < 6e-4
 
@@ -207,7 +207,7 @@ def test_after_a_signal_in_the_last_iteration_only_the_tests_are_left_to_do(call
     assert read_state(tmp_path).progress.iteration == 1 and weights(tmp_path)
     assert "test skipped" not in capsys.readouterr().out
     call("--max_iters", "1")
-    assert len(tests(tmp_path)) == 1
+    assert len(logged_scores(tmp_path)) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("nothing is left to do; ")
 
 
@@ -227,11 +227,11 @@ def test_a_signal_in_a_test_is_heard_in_the_midst_of_a_picture(call, whole, monk
     assert ended.value.code == 130 and not computed
     assert "stopped by a signal after iteration 2; the same command goes on" in capsys.readouterr().out
     call()
-    assert tests(tmp_path) == tests(whole) and len(tests(whole)) == 2
+    assert logged_scores(tmp_path) == logged_scores(whole) and len(logged_scores(whole)) == 2
     assert same(weights(tmp_path), weights(whole))
 
 
-def tests(place: Path) -> list[dict]:
+def logged_scores(place: Path) -> list[dict]:
     """What a run's log says of the tests after each epoch."""
     return [json.loads(line)["tests"] for line in (place / "log" / f"{NAME}.jsonl").read_text().splitlines()]
 
@@ -330,7 +330,7 @@ def test_tests_that_a_kill_prevented_are_made_up_for(call, whole, monkeypatch, t
             call()
     call()
     assert not ends and capsys.readouterr().out.splitlines()[-1].startswith("nothing is left to do; ")
-    assert tests(tmp_path) == tests(whole) and len(tests(whole)) == 2
+    assert logged_scores(tmp_path) == logged_scores(whole) and len(logged_scores(whole)) == 2
 
 
 def test_a_run_that_has_not_begun_may_be_started_with_other_settings(call, monkeypatch, tmp_path):
