@@ -73,6 +73,33 @@ def test_colour_is_scored_on_the_y_of_opencv(tmp_path, testset):
         assert score.ssim == pytest.approx(structural_similarity(truth, y, data_range=255), abs=1e-9)
 
 
+def test_values_from_16_to_235_are_told_and_other_faults_are_not_taken_for_them(tmp_path):
+    truth = cv2.GaussianBlur(RNG.integers(0, 256, (64, 64), dtype=np.uint8), (0, 0), 2).astype(float)
+    truth = 255 * (truth - truth.min()) / (truth.max() - truth.min())
+    picture = Picture("a", truth.round().astype(np.uint8))
+    noisy = truth + RNG.normal(0, 5, truth.shape)
+    for name, pixels in (("limited", 16 + noisy * 219 / 255), ("noise", noisy), ("blur", cv2.blur(truth, (9, 9))),
+                         ("bright", truth + 16), ("flat", np.full(truth.shape, truth.mean()))):
+        write(tmp_path / name / "a.png", pixels.round().clip(0, 255).astype(np.uint8))
+        told = [remark for remark in score_method(name, tmp_path / name, [picture]).remarks if remark.kind == "range"]
+        assert len(told) == (name == "limited")
+        assert all("values from 16 to 235 instead of 0 to 255" in remark.text for remark in told)
+
+
+@pytest.mark.parametrize("level", ["set/10", "set/0.1", "set/0.10", "set", "0.1", "."])
+def test_folders_are_found_with_and_without_levels(tmp_path, level):
+    write(tmp_path / "m" / level / "a.png", np.zeros((9, 9), np.uint8))
+    write(tmp_path / "m" / "set" / "30" / "a.png", np.zeros((9, 9), np.uint8))
+    assert find_folder(tmp_path / "m", "set", 0.1) == tmp_path / "m" / level
+    for one_set, one_ratio, enough in ((False, True, level.startswith("set")), (True, False, level[-1] in "10"),
+                                       (False, False, level.startswith("set/"))):
+        if enough:
+            assert find_folder(tmp_path / "m", "set", 0.1, one_set, one_ratio) == tmp_path / "m" / level
+        else:
+            with pytest.raises(UserError, match="holds no picture of set at 10 %"):
+                find_folder(tmp_path / "m", "set", 0.1, one_set, one_ratio)
+
+
 def test_a_perfect_picture_and_one_too_small_for_ssim(tmp_path):
     dot = Picture("dot", np.array([[200]], np.uint8))
     write(tmp_path / "m" / "dot.png", dot.luminance)

@@ -74,7 +74,8 @@ def test_made_up_methods_in_a_process_of_their_own(place, tmp_path):
     assert tower[3:5] == ["inf*", "1.0000*"]
     assert ["IDM, T = 3 (TPAMI 2025), published", "32.92", "-", "-", "-", "-"] in lines
     text = " ".join(result.stdout.split())
-    assert f"note: --root: left out: {Path('methods/notes')} holds no picture" in text
+    assert f"note: notes is left out: {Path('methods/notes')} holds no picture" in text
+    assert "Scores are those of Y, OpenCV's full-range BT.601 luminance" in text
     assert "2 of 4 pictures that all methods have: all but house, img_1." in text
     assert "faulty: missing (1): house" in text
     assert "faulty: wrong size (1): img_1_PSNR_40.00.png is 40x39 instead of 40x50" in text
@@ -84,8 +85,9 @@ def test_made_up_methods_in_a_process_of_their_own(place, tmp_path):
 
     out = tmp_path / "ö ut" / "Set11" / "10"
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
-        ".lock", "averages.csv", "averages.tex", "figures/house.pdf", "figures/house.png", "figures/img_10.pdf",
-        "figures/img_10.png", "pictures.tex", "report.html", "scores.csv", "table.md"]
+        ".lock", "averages.csv", "averages.tex", "figures-together.pdf", "figures-together.png",
+        *(f"figures/{name}.{suffix}" for name in ("errors/house", "errors/img_10", "house", "img_10")
+          for suffix in ("pdf", "png")), "pictures.tex", "report.html", "scores.csv", "table.md"]
     rows = {(row["method"], row["picture"]): row for row in read(out / "scores.csv")}
     for name in ("house", "lighthouse", "img_1", "img_10"):
         assert float(rows["five off", name]["psnr"]) == pytest.approx(20 * math.log10(255 / 5), abs=1e-9)
@@ -133,6 +135,44 @@ def test_methods_and_root_together_in_this_order(place, monkeypatch, capsys):
     assert "no averages are published for Set11 at 25 %" in out
 
 
+def test_sets_ratios_and_methods_in_one_table(place, tmp_path, monkeypatch, capsys):
+    """Ten is 10 off everywhere, half is 5 off and has but one ratio of one set; a bad folder ends nothing."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    shutil.copytree(place / "data" / "Set11", tmp_path / "data" / "{{data}}")
+    for testset in ("Set11", "{{data}}"):
+        for ratio in ("10", "0.5"):
+            shutil.copytree(place / "methods" / "Ten", tmp_path / "m" / "Ten" / testset / ratio)
+    shutil.copytree(place / "methods" / "five off", tmp_path / "m" / "half" / "Set11" / "50")
+    write(tmp_path / "m" / "strange" / "Set11" / "10" / "farmhouse.png", np.zeros((9, 9), np.uint8))
+    write(tmp_path / "m" / "odd" / "Set11" / "10" / "a\x1b[1m.png", np.zeros((9, 9), np.uint8))
+    call(monkeypatch, tmp_path, "--testset_name", "Set11,{{data}}", "--cs_ratio", "0.1/0.5", "--root", "m")
+    out = capsys.readouterr().out
+    rows = [re.split("  +", line) for line in out.splitlines()]
+    ten, five = (f"{20 * math.log10(255 / offset):.2f}" for offset in (10, 5))
+    head = rows.index(["PSNR (dB) / SSIM", "Set11 at 10 %", "Set11 at 50 %", "{{data}} at 10 %", "{{data}} at 50 %"])
+    psnrs = [[cell for cell in row[1:] if cell == "-" or float(cell.strip("*+")) > 1]
+             for row in rows[head + 1:head + 3]]
+    assert psnrs == [[ten, f"{ten}+", ten, ten], ["-", f"{five}*", "-", "-"]]
+    text = " ".join(out.split())
+    assert "note: strange is left out: no file in m/strange/Set11/10 is named after" in text
+    assert "note: odd is left out: the name of the picture a\\x1b[1m.png" in text and "\x1b" not in out
+    found = read(tmp_path / "out" / "averages.csv")
+    assert [(row["testset"], row["cs_ratio"], row["method"]) for row in found] == [
+        ("Set11", "0.1", "Ten"), ("Set11", "0.5", "Ten"), ("Set11", "0.5", "half"), ("{{data}}", "0.1", "Ten"),
+        ("{{data}}", "0.5", "Ten")]
+    report = (tmp_path / "out" / "{{data}}" / "50" / "report.html").read_text()
+    assert report.count("{{data}} at 50 %") == 2 and report.count('id="data"') == 1  # its title and heading
+
+
+def test_files_named_otherwise(place, tmp_path, monkeypatch, capsys):
+    for number, name in enumerate(("house", "lighthouse"), 1):
+        shutil.copy(place / "methods" / "five off" / f"{name}.tif_ratio_0.1_PSNR_34.15.png", tmp_path / f"{number}.png")
+    (tmp_path / "map.csv").write_text("1,house\n2,lighthouse\n")
+    call(monkeypatch, place, "--methods", f"a={tmp_path}", "--names", str(tmp_path / "map.csv"))
+    rows = [row for row in read(place / "out" / "Set11" / "10" / "scores.csv") if row["psnr"]]
+    assert [(row["picture"], row["file"]) for row in rows] == [("house", "1.png"), ("lighthouse", "2.png")]
+
+
 def test_pictures_of_another_ratio_are_noted(place, tmp_path, monkeypatch, capsys):
     for ratio in ("10", "30"):
         shutil.copytree(place / "methods" / "Ten", tmp_path / "Set11" / ratio)
@@ -156,17 +196,17 @@ def test_a_report_too_large_says_so(place, monkeypatch, capsys):
     (["--methods", "a=nowhere"], "nowhere"),
     (["--methods", "a=own/house.png"], "house.png"),
     (["--methods", "a=empty"], "empty holds no picture"),
-    (["--methods", "a=data"], "data holds no picture"),
+    (["--methods", "a=data"], "data/Set11 is the test set itself"),
     (["--root", "nowhere"], "cannot list nowhere"),
     (["--root", "own"], "own has no folder of pictures"),
-    (["--methods", "a=methods/Ten", "--cs_ratio", "0.3", "--methods", "b=empty"], "nor does empty/Set11/30"),
+    (["--methods", "a=methods/Ten", "--cs_ratio", "0.3", "--methods", "b=empty"], "neither empty/Set11/30 nor empty"),
+    (["--root", "methods", "--testset_name", "Set11,Samples", "--cs_ratio", "0.1"], "no method has pictures"),
+    (["--root", "methods", "--names", "nowhere.csv"], "--names: cannot read nowhere.csv"),
     (["--root", "methods", "--methods", "Ten=own"], "two methods are named Ten"),
     (["--root", "methods", "--testset_name", "absent"], "absent"),
     (["--root", "methods", "--testset_name", ".."], "not .."),
-    (["--root", "methods", "--testset_name", "Set11/CBSD68"], "one folder in the data folder"),
-    (["--root", "methods", "--testset_name", ""], "one folder in the data folder"),
+    (["--root", "methods", "--testset_name", ""], "must be a folder in data"),
     (["--root", "methods", "--testset_name", "Samples"], "is named after a picture of the test set"),
-    (["--root", "methods", "--cs_ratio", "0.1/0.3"], "one ratio at a time"),
     (["--root", "methods", "--cs_ratio", "2"], "(0, 1], not 2"),
     (["--root", "methods", "--pictures", "barn"], "has no picture barn; it has house, img_1, img_10, lighthouse"),
     (["--root", "methods", "--region", "1,2,3,4"], "--pictures"),

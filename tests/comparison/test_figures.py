@@ -1,6 +1,7 @@
 """Figures: where they look, how large what they show is, and what stands beneath."""
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from utils.comparison.compare import Comparison, score_method
-from utils.comparison.figures import PAGE_WIDTH, STYLE, check_region, differing_region, draw, write_figures
+from utils.comparison.figures import PAGE_WIDTH, STYLE, Strip, check_region, differing_region, draw, write_figures
 from utils.comparison.tables import Value
 from utils.data.testsets import Picture
 from utils.errors import UserError
@@ -59,7 +60,7 @@ def test_the_region_is_shown_twice_the_second_time_larger(region, shape):
     tile = np.full(shape, 40, np.uint8)
     tile[y:y + h, x:x + w] = 255 if tile.ndim == 2 else (255, 0, 0)
     with matplotlib.rc_context(STYLE):
-        figure = draw([tile, tile], ["Ground truth", "m"], [[Value("")], [Value("")]], region)
+        figure = draw([Strip([tile, tile], ["Ground truth", "m"], [[Value("")], [Value("")]], region)])
     pixels = rendered(figure)
     side = 1.73 * 200  # pixels of a tile
     shown = (pixels[:int(side), :int(side)] == tile[y, x]).all(axis=-1).sum()
@@ -75,7 +76,7 @@ def test_the_enlargement_does_not_hide_the_region():
         tile = np.full((100, 100), 40, np.uint8)
         tile[y:y + 20, x:x + 20] = 255
         with matplotlib.rc_context(STYLE):
-            pixels = rendered(draw([tile], ["t"], [[Value("")]], (x, y, 20, 20)))
+            pixels = rendered(draw([Strip([tile], ["t"], [[Value("")]], (x, y, 20, 20))]))
         seen = pixels[int((y + 4) * 3.46):int((y + 16) * 3.46), int((x + 4) * 3.46):int((x + 16) * 3.46)]
         assert (seen == 255).all()
         assert (np.abs(pixels - yellow).max(axis=-1) < 8).any()
@@ -118,7 +119,7 @@ def test_names_and_scores_stand_beneath_the_best_in_bold(tmp_path):
     caught = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("utils.comparison.figures._rendered", lambda figure, suffix: caught.append(figure) or b"")
-        write_figures(tmp_path / "out", compared, [picture])
+        write_figures(tmp_path / "out", compared, [picture, replace(picture, name="other")])
     texts = [[(text.get_text(), text.get_weight()) for text in axes.texts] for axes in caught[0].axes]
     (p, s), (q, t) = [score[1:3] for method in compared.methods for score in method.scores.values()]
     assert p == pytest.approx(34.1514, abs=1e-4)  # 20 log10(255 / 5)
@@ -126,10 +127,22 @@ def test_names_and_scores_stand_beneath_the_best_in_bold(tmp_path):
         [("Ground truth", "normal"), ("PSNR (dB) / SSIM", "normal")],
         [("first", "normal"), (f"{p:.2f}", "bold"), (" / ", "normal"), (f"{s:.4f}", "bold")],
         [("$second", "normal"), (f"{q:.2f}", "normal"), (" / ", "normal"), (f"{t:.4f}", "normal")]]
+    # A figure of the errors, offsets 5 and 10: as bright as half of the largest error, and as the largest.
+    errors = caught[2]
+    assert errors.axes[0].texts[1].get_text() == "errors from 0, black, to 10"
+    colours = (matplotlib.colormaps["inferno"](np.array([0.5, 1.0]))[:, :3] * 255).astype(np.uint8)
+    for axes, colour in zip(errors.axes[1:], colours, strict=True):
+        assert (axes.images[0].get_array() == colour).all()
+    # And one of both pictures together, the second of which no method has.
+    assert [[text.get_text() for text in axes.texts][:2] for axes in caught[-1].axes] == [
+        ["Ground truth", "PSNR (dB) / SSIM"], ["first", f"{p:.2f}"], ["$second", f"{q:.2f}"],
+        ["Ground truth", "PSNR (dB) / SSIM"], ["no picture", "first"], ["no picture", "$second"]]
+    assert caught[-1].get_size_inches() == pytest.approx((3 * 1.73 + 2 * 0.04, 2 * (1.73 * 60 / 80 + 0.3)))
+    assert len(caught) == 2 * (2 + 2 + 1)
 
 
 def test_a_method_without_the_picture_keeps_its_place(tmp_path):
     with matplotlib.rc_context(STYLE):
-        figure = draw([np.zeros((20, 20), np.uint8), None], ["Ground truth", "m"],
-                      [[Value("PSNR (dB) / SSIM")], [Value("-")]], (0, 0, 4, 4))
+        figure = draw([Strip([np.zeros((20, 20), np.uint8), None], ["Ground truth", "m"],
+                             [[Value("PSNR (dB) / SSIM")], [Value("-")]], (0, 0, 4, 4))])
     assert [text.get_text() for text in figure.axes[1].texts] == ["no picture", "m", "-"]

@@ -3,7 +3,9 @@ import unicodedata
 
 import pytest
 
-from utils.comparison.matching import claimed_psnr, claimed_ssim, match
+from utils.comparison.matching import claimed_psnr, claimed_ssim, match, read_aliases
+from utils.data.images import file_stem
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize("file", [
@@ -41,6 +43,27 @@ def test_names_that_look_alike_are_told_apart(pictures, files):
         found = match(pictures, order)
         assert found.files == dict(zip(pictures, files, strict=True))
         assert not (found.missing or found.extra or found.rivals or found.unclear)
+
+
+@pytest.mark.parametrize("picture", ["a", "a_PSNR_30.00_SSIM_0.9000", "a_PSNR_30.00", "psnr 3", "ratio_0.1", "x" * 255])
+def test_what_test_py_writes_of_a_picture_is_matched_whatever_the_picture_is_called(picture):
+    file = f"{file_stem(picture)}_PSNR_28.00_SSIM_0.8000.png"
+    assert match([picture, "b_PSNR_30.00"], [file]).files == {picture: file}
+    assert (claimed_psnr(file), claimed_ssim(file)) == (28, 0.8)
+
+
+def test_other_names_of_pictures(tmp_path):
+    (tmp_path / "map.csv").write_text("\ufefflena, lena256\n1,barbara\n\n2,boats\n", encoding="utf-8")
+    aliases = read_aliases(tmp_path / "map.csv", {"lena256", "barbara", "boats"})
+    assert aliases == {"lena": "lena256", "1": "barbara", "2": "boats"}
+    files = ["Lena_rec.png", "1_IDM_2.png", "2_PSNR_1.00.png"]
+    assert match(["barbara", "boats", "lena256"], files, aliases).files == {
+        "lena256": files[0], "barbara": files[1], "boats": files[2]}
+    assert match(["barbara", "boats", "lena256"], files).extra == files
+    for line in ("lena", "lena,", "x,lenna", "a,b,c"):
+        (tmp_path / "map.csv").write_text(f"lena,lena256\n{line}\n")
+        with pytest.raises(UserError, match="line 2 of .*map.csv is "):
+            read_aliases(tmp_path / "map.csv", {"lena256"})
 
 
 @pytest.mark.parametrize("file", ["img_1.png", "img_11.png", "lighthouse.png", "houses.png", "house2.png", "10.png",

@@ -15,6 +15,7 @@ from utils.comparison.tables import (
     latex,
     markdown,
     notes,
+    overview_table,
     pictures_table,
     ranked,
     remark_lines,
@@ -79,6 +80,26 @@ def test_without_a_common_picture_nothing_is_ranked():
         ["a", "30.00", "0.3000", "1 of 3", "-", "-"], ["b", "31.00", "0.3100", "1 of 3", "-", "-"],
         ["c", "-", "-", "0 of 3", "-", "-"]]
     assert any("no average compares" in line for line in notes(apart))
+
+
+def test_a_method_without_any_score_does_not_void_the_averages_of_the_others():
+    apart = comparison(method("a", p=30, q=30, r=30), method("none"), method("b", p=31, q=31, r=31),
+                       published=[Published("X", 30.5)])
+    assert cells(averages_table(apart))[1:] == [
+        ["a", "30.00", "0.3000+", "3 of 3"], ["none", "-", "-", "0 of 3"], ["b", "31.00*", "0.3100*", "3 of 3"],
+        ["X, published", "30.50+", "-", "-"]]
+    assert "No picture of none could be scored." in notes(apart)
+    assert comparison(method("none")).common == []
+
+
+def test_one_table_of_all_sets_and_ratios():
+    first = comparison(method("a", p=30, q=32, r=34), method("b", p=20, q=20, r=20), published=[Published("X", 31.5)])
+    other = Comparison("Other", 0.5, ["s", "t"], [method("b", s=40, t=50), method("c", s=44)], [Published("X", 45)])
+    assert [["/".join(value.text + ("", "*", "+")[value.rank] for value in cell) for cell in row]
+            for row in overview_table([first, other])] == [
+        ["PSNR (dB) / SSIM", "Set at 10 %", "Other at 50 %"], ["a", "32.00*/0.3200*", "-"],
+        ["b", "20.00/0.2000+", "40.00+/0.4000+"], ["c", "-", "44.00*/0.4400*"],  # of s alone, so that X is not ranked
+        ["X, published", "31.50+", "45.00"]]
 
 
 def test_what_test_py_recorded_is_a_row_of_its_own_and_never_ranked():
@@ -148,7 +169,7 @@ def test_csv_holds_all_digits_and_all_remarks():
         ["a,\"b\"", "q", "31", "0.31", "", "", "q.png", ""],
         ["a,\"b\"", "r", "", "", "", "", "", "missing: r"],
         ["a,\"b\"", "", "", "", "", "", "x.png", "extra: x.png"]]
-    rows = list(csv.DictReader(io.StringIO(averages_csv(comparison(a, published=[Published("X", 31.5)])))))
+    rows = list(csv.DictReader(io.StringIO(averages_csv([comparison(a, published=[Published("X", 31.5)])]))))
     assert [row["source"] for row in rows] == ["measured", "published", "scores.csv"]
     assert float(rows[0]["psnr"]) == pytest.approx((30.123456789 + 31) / 2)
     assert (rows[0]["pictures"], rows[1]["psnr"], rows[1]["ssim"]) == ("2", "31.5", "")
@@ -156,10 +177,21 @@ def test_csv_holds_all_digits_and_all_remarks():
                                            'a,"b": missing (1): r', 'a,"b": extra (1): x.png']
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+a", "-a", "@a", "\ta"])
+def test_csv_holds_no_formulas(name):
+    """What a spreadsheet would compute."""
+    a = method(name, p=30)
+    a.remarks, a.scores["p"] = [Remark("extra", name, name, name)], a.scores["p"]._replace(ssim=-0.5)
+    for text in (scores_csv(comparison(a)), averages_csv([comparison(a)])):
+        cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+        assert f"'{name}" in cells and name not in cells and "'-0.5" not in cells
+
+
 def test_markdown_marks_and_escapes():
     a = method("<b>|*_x", p=30, q=30, r=30)
     a.remarks = [Remark("extra", "a|b.png", file="a|b.png")]
-    text = markdown(comparison(a, method("b", p=29, q=29, r=29), method("c", p=28, q=28, r=28)))
+    made = comparison(a, method("b", p=29, q=29, r=29), method("c", p=28, q=28, r=28))
+    text = markdown(made.title, [averages_table(made), pictures_table(made)], notes(made), remark_lines(made))
     assert r"| \<b\>\|\*\_x | **30.00** | **0.3000** | 3 of 3 |" in text
     assert "| b | <u>29.00</u> | <u>0.2900</u> | 3 of 3 |" in text
     assert "| p | **30.00** / **0.3000** | <u>29.00</u> / <u>0.2900</u> | 28.00 / 0.2800 |" in text

@@ -24,6 +24,7 @@ from utils.errors import UserError
 from utils.evaluation.metrics import psnr, ssim
 from utils.flags import percent
 
+LIMITED_RANGE = 3  # dB that stretching 16..235 to 0..255 must gain for values to be taken for such
 PSNR_TOLERANCE = 0.1  # dB by which a file's name may differ from what the file scores
 SSIM_TOLERANCE = 0.01  # its kinds differ by some thousandths: windows uniform or Gaussian, borders with or without
 
@@ -47,7 +48,7 @@ class Recorded(NamedTuple):
 class Remark(NamedTuple):
     """Something about a method's files that a reader must know."""
 
-    kind: str  # missing, extra, ambiguous, wrong size, unreadable, or claim
+    kind: str  # missing, extra, ambiguous, wrong size, unreadable, range, or claim
     text: str
     picture: str = ""
     file: str = ""
@@ -90,37 +91,53 @@ class Comparison:
 
     @property
     def common(self) -> list[str]:
-        """The pictures that all methods have: averages over others do not compare."""
-        return [name for name in self.pictures if all(name in method.scores for method in self.methods)]
+        """The pictures that all methods have, but those that have none: averages over others do not compare."""
+        scored = [method.scores for method in self.methods if method.scores]
+        return [name for name in self.pictures if scored and all(name in scores for scores in scored)]
 
     @property
     def alike(self) -> bool:
-        """Whether all methods have the same pictures."""
-        return all(len(method.scores) == len(self.common) for method in self.methods)
+        """Whether all methods have the same pictures, or none."""
+        return all(len(method.scores) in (0, len(self.common)) for method in self.methods)
 
     @property
     def title(self) -> str:
         return f"{self.testset} at {percent(self.cs_ratio)} %"
 
 
-def find_folder(folder: Path, testset: str, cs_ratio: float) -> Path:
-    """Where a method's pictures are: in folder/SET/RATIO, as test.py lays them out, or in the folder itself.
+def ratio_names(cs_ratio: float) -> list[str]:
+    """Return how folders of results at a ratio may be named: 10, as test.py does, or 0.1, or 0.10."""
+    return [percent(cs_ratio), f"{cs_ratio:g}", f"{cs_ratio:.2f}"]
 
-    Raises UserError where it does not exist, or neither holds a picture.
+
+def find_folder(
+    folder: Path,
+    testset: str,
+    cs_ratio: float,
+    one_set: bool = True,  # whether all results are of this test set, so that folders need not name it
+    one_ratio: bool = True,  # and at this ratio
+) -> Path:
+    """Return where a method's pictures are: FOLDER/SET/RATIO, as test.py writes, FOLDER/SET, FOLDER/RATIO or FOLDER.
+
+    Raises UserError where it does not exist, or none of these holds a picture.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; a method is given as NAME=FOLDER, a folder of its pictures")
-    own = folder / testset / percent(cs_ratio)
-    for place in (own, folder):
-        if place.is_dir() and list_pictures(place):
-            return place
-    raise UserError(f"{folder} holds no picture (PNG, TIFF, BMP or JPEG), nor does {own}")
+    names = ratio_names(cs_ratio)
+    levels = [Path(testset, name) for name in names] + [Path(testset)] * one_ratio
+    levels += [Path(name) for name in names] * one_set + [Path()] * (one_set and one_ratio)
+    for level in levels:
+        if (folder / level).is_dir() and list_pictures(folder / level):
+            return folder / level
+    raise UserError(f"{folder} holds no picture of {testset} at {percent(cs_ratio)} %: neither "
+                    f"{' nor '.join(str(folder / level) for level in (levels[0], levels[-1]))} has one")
 
 
 def score_method(
     name: str,
     folder: Path,
     pictures: list[Picture],  # the test set
+    aliases: dict[str, str] | None = None,  # other names of its pictures, in the names of files
     progress: Callable[[Iterable], Iterable] = iter,  # wraps what is iterated over, as tqdm does
 ) -> Method:
     """Score every file of `folder` that shows a picture of the test set; the others become remarks.
@@ -128,10 +145,10 @@ def score_method(
     Raises UserError where no file is named after a picture of the set.
     """
     paths = {path.name: path for path in list_pictures(folder)}
-    found = match([picture.name for picture in pictures], paths)
+    found = match([picture.name for picture in pictures], paths, aliases)
     if found.extra and len(found.extra) == len(paths):
         raise UserError(f"no file in {folder} is named after a picture of the test set: {found.extra[0]}, say, must "
-                        f"begin with a name like {pictures[0].name}")
+                        f"begin with a name like {pictures[0].name}; --names tells what other names mean")
     method = Method(name, folder)
     for picture in progress(pictures):
         if picture.name in found.files:
@@ -181,6 +198,11 @@ def _score(method: Method, picture: Picture, path: Path) -> None:
         return
     score = Score(path, psnr(picture.luminance, luminance), ssim(picture.luminance, luminance), ycrcb is not None)
     method.scores[picture.name] = score
+    stretched = psnr(picture.luminance, (luminance - 16.0) * 255 / 219)
+    if stretched > score.psnr + LIMITED_RANGE:
+        text = (f"{picture.name} seems to have values from 16 to 235 instead of 0 to 255: it scores {score.psnr:.2f} "
+                f"dB, {stretched:.2f} dB if they are stretched")
+        method.remarks.append(Remark("range", text, picture.name, path.name))
     for claimed, scored, tolerance, shown in ((claimed_psnr(path.name), score.psnr, PSNR_TOLERANCE, "{:.2f} dB"),
                                               (claimed_ssim(path.name), score.ssim, SSIM_TOLERANCE, "SSIM {:.4f}")):
         if claimed is not None and gap(claimed, scored) > tolerance + 1e-9:

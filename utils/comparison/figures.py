@@ -1,10 +1,11 @@
-"""Figures of a comparison for a paper: one picture's ground truth and reconstructions, with one region enlarged.
+"""Figures of a comparison for a paper: pictures' ground truth and reconstructions, with one region of each enlarged.
 
 Each is as wide as a page of two columns, or narrower where few methods need less, and comes as PDF and PNG.
 """
 import io
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -34,33 +35,60 @@ MARK = "#ffd400"  # seen on dark and on light ground
 STYLE = {"font.family": ["STIXGeneral", "DejaVu Sans"], "font.size": 7.5, "pdf.fonttype": 42, "axes.linewidth": 0}
 
 
+@dataclass
+class Strip:
+    """What a figure shows of one picture."""
+
+    tiles: list[np.ndarray | None]  # the truth and the reconstructions: uint8 (H, W) or RGB (H, W, 3); None: missing
+    names: list[str]  # stand beneath the tiles
+    captions: list[list[Value]]  # stand beneath the names: parts side by side, those of rank 1 in bold
+    region: Region  # is enlarged
+
+
 def write_figures(
     folder: Path,
     comparison: Comparison,
     pictures: list[Picture],  # those to draw
     region: Region | None = None,  # what to enlarge in all of them; where the methods differ most, if not given
 ) -> dict[str, Region]:
-    """Draw one figure for each picture, as NAME.pdf and NAME.png; returns what each enlarges, by the picture's name.
+    """Draw NAME.pdf and NAME.png for each picture, errors/NAME of the methods' errors, and all pictures as one figure.
 
-    Raises UserError where a file cannot be written.
+    Returns what each picture's figure enlarges, by its name. Raises UserError where a file cannot be written.
     """
-    regions = {}
-    for picture in pictures:
-        scores = [method.scores.get(picture.name) for method in comparison.methods]
-        read = [read_picture(score.file) if score else None for score in scores]
-        chosen = regions[picture.name] = region or differing_region(picture.luminance,
-                                                                    [entry[0] for entry in read if entry])
-        tiles = [shown_pixels(picture.luminance, picture.ycrcb), *(entry and shown_pixels(*entry) for entry in read)]
-        scored = zip(ranked((score and score.psnr for score in scores), 2),
-                     ranked((score and score.ssim for score in scores), 4), strict=True)
-        captions = [[psnr, Value(" / "), ssim] if psnr.text != NONE else [psnr] for psnr, ssim in scored]
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a box in the figure says as much
-            figure = draw(tiles, ["Ground truth", *(method.name for method in comparison.methods)],
-                          [[Value("PSNR (dB) / SSIM")], *captions], chosen)
-            for suffix in ("pdf", "png"):
-                write_atomic(folder / f"{picture.name}.{suffix}", _rendered(figure, suffix))
-    return regions
+    strips = {picture.name: strips_of(comparison, picture, region) for picture in pictures}
+    for name, (shown, errors) in strips.items():
+        _write(folder / name, [shown])
+        _write(folder / "errors" / name, [errors])
+    if len(pictures) > 1:
+        _write(folder.with_name(f"{folder.name}-together"), [shown for shown, _ in strips.values()])
+    return {name: shown.region for name, (shown, _) in strips.items()}
+
+
+def strips_of(comparison: Comparison, picture: Picture, region: Region | None) -> tuple[Strip, Strip]:
+    """Return what to show of a picture: the reconstructions, and their absolute errors in luminance."""
+    names = ["Ground truth", *(method.name for method in comparison.methods)]
+    scores = [method.scores.get(picture.name) for method in comparison.methods]
+    read = [read_picture(score.file) if score else None for score in scores]
+    region = region or differing_region(picture.luminance, [entry[0] for entry in read if entry])
+    scored = zip(ranked((score and score.psnr for score in scores), 2),
+                 ranked((score and score.ssim for score in scores), 4), strict=True)
+    captions = [[psnr, Value(" / "), ssim] if psnr.text != NONE else [psnr] for psnr, ssim in scored]
+    errors = [entry and np.abs(entry[0].astype(int) - picture.luminance) for entry in read]
+    most = max([1, *(np.percentile(error, 99.5) for error in errors if error is not None)])
+    maps = [error if error is None else (matplotlib.colormaps["inferno"](error / most)[..., :3] * 255).astype(np.uint8)
+            for error in errors]
+    return (Strip([shown_pixels(picture.luminance, picture.ycrcb), *(entry and shown_pixels(*entry) for entry in read)],
+                  names, [[Value("PSNR (dB) / SSIM")], *captions], region),
+            Strip([shown_pixels(picture.luminance, picture.ycrcb), *maps], names,
+                  [[Value(f"errors from 0, black, to {most:.0f}")], *captions], region))
+
+
+def _write(path: Path, strips: list[Strip]) -> None:
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a box in the figure says as much
+        figure = draw(strips)
+        for suffix in ("pdf", "png"):
+            write_atomic(path.with_name(f"{path.name}.{suffix}"), _rendered(figure, suffix))
 
 
 def check_region(region: Region, pictures: list[Picture]) -> None:
@@ -93,36 +121,40 @@ def differing_region(
     return int(x), int(y), side, side
 
 
-def draw(
-    tiles: list[np.ndarray | None],  # the truth and the reconstructions: uint8 (H, W) or RGB (H, W, 3); None: missing
-    names: list[str],
-    captions: list[list[Value]],  # what stands beneath each name, side by side, rank 1 in bold
-    region: Region,
-) -> Figure:
-    """A grid of tiles with the region marked and enlarged in each, for the style in force."""
-    height, width = tiles[0].shape[:2]
-    rows = math.ceil(len(tiles) / MOST_COLUMNS)
-    columns = math.ceil(len(tiles) / rows)
+def draw(strips: list[Strip]) -> Figure:
+    """Return lines of tiles, one or more for each picture, with its region enlarged in each, for the style in force."""
+    lines = [(strip, first) for strip in strips for first in range(0, len(strip.tiles), _columns(strip))]
+    columns = max(map(_columns, strips))
     tile_width = min(LARGEST_TILE, (PAGE_WIDTH - (columns - 1) * GAP) / columns)
-    tile_height = tile_width * height / width
-    size = (columns * tile_width + (columns - 1) * GAP, rows * (tile_height + CAPTION))
-    figure = Figure(figsize=size)
+    heights = [tile_width * strip.tiles[0].shape[0] / strip.tiles[0].shape[1] for strip, _ in lines]
+    size = (columns * tile_width + (columns - 1) * GAP, sum(heights) + len(lines) * CAPTION)
+    figure, top = Figure(figsize=size), size[1]
     FigureCanvasAgg(figure)
-    for k, (tile, name, caption) in enumerate(zip(tiles, names, captions, strict=True)):
-        row, column = divmod(k, columns)
-        left, top = column * (tile_width + GAP), size[1] - row * (tile_height + CAPTION)
-        axes = figure.add_axes((left / size[0], (top - tile_height) / size[1], tile_width / size[0],
-                                tile_height / size[1]), xticks=[], yticks=[])
-        axes.set(xlim=(0, width), ylim=(height, 0))
-        if tile is None:
-            axes.set_facecolor("0.93")
-            axes.text(0.5, 0.5, "no picture", transform=axes.transAxes, ha="center", va="center", color="0.35")
-        else:
-            _show(axes, tile, (0, 0, width, height))
-            _enlarge(axes, tile, region)
-        _caption(axes, [Value(name)], line=0)
-        _caption(axes, caption, line=1)
+    for (strip, first), height in zip(lines, heights, strict=True):
+        for column, k in enumerate(range(first, min(first + _columns(strip), len(strip.tiles)))):
+            axes = figure.add_axes((column * (tile_width + GAP) / size[0], (top - height) / size[1],
+                                    tile_width / size[0], height / size[1]), xticks=[], yticks=[])
+            _draw_tile(axes, strip, k)
+        top -= height + CAPTION
     return figure
+
+
+def _columns(strip: Strip) -> int:
+    """Return how many tiles stand side by side, such that all lines have about as many."""
+    return math.ceil(len(strip.tiles) / math.ceil(len(strip.tiles) / MOST_COLUMNS))
+
+
+def _draw_tile(axes: Axes, strip: Strip, k: int) -> None:
+    height, width = strip.tiles[0].shape[:2]
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    if strip.tiles[k] is None:
+        axes.set_facecolor("0.93")
+        axes.text(0.5, 0.5, "no picture", transform=axes.transAxes, ha="center", va="center", color="0.35")
+    else:
+        _show(axes, strip.tiles[k], (0, 0, width, height))
+        _enlarge(axes, strip.tiles[k], strip.region)
+    _caption(axes, [Value(strip.names[k])], line=0)
+    _caption(axes, strip.captions[k], line=1)
 
 
 def _enlarge(axes: Axes, tile: np.ndarray, region: Region) -> None:
@@ -149,8 +181,8 @@ def _enlarge(axes: Axes, tile: np.ndarray, region: Region) -> None:
                              linewidth=INSET_LINE, **line))
 
 
-def _show(axes: Axes, pixels: np.ndarray, place: tuple[float, float, float, float]) -> None:
-    x, y, width, height = place
+def _show(axes: Axes, pixels: np.ndarray, box: tuple[float, float, float, float]) -> None:
+    x, y, width, height = box
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=(x, x + width, y + height, y), aspect="auto",
                 interpolation="none")
 

@@ -3,12 +3,15 @@
 Published files are named `Barbara.tif_ratio_0.1_PSNR_32.78_SSIM_0.9379.png`, `barbara_rec.png`, `IDM-BARBARA.jpg`.
 Names are compared word by word, so that `img_1` is not found in `img_10`, nor `house` in `lighthouse`.
 """
+import csv
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from utils.data.images import SUFFIXES
+from utils.data.images import RESULT_NAME, SUFFIXES, file_stem
+from utils.errors import UserError, first_line
 
 _NUMBER = r"\d+(?:[.,]\d+)?|(?:inf|nan)(?![^\W_])"
 _PSNR = re.compile(rf"_?psnr[\s_=:-]*({_NUMBER})(?:[\s_]*dB(?=ssim|[\W_]|$))?", re.IGNORECASE)
@@ -30,16 +33,18 @@ class Matching:
 def match(
     pictures: Iterable[str],  # the names of a test set, each once, mostly without suffix
     files: Iterable[str],  # file names with suffix
+    aliases: dict[str, str] | None = None,  # other names of pictures
 ) -> Matching:
     """Find for each picture the file that shows it; where that takes a guess, none is made.
 
-    A file shows the picture whose very name it has, scores and suffix aside; else the one whose words stand among
+    A file shows the picture whose very name it has, suffix and scores aside; else the one whose words stand among
     its words. Of `img` and `img_1` the longer counts. Where several are left, the first word decides if all others
     are mere numbers (`3_rec_10`). Last, `test001` is `test_01`, and `Lena_256` is `lena256`.
     """
-    pictures, result, claimants = list(pictures), Matching(), {}
+    names, result, claimants = {picture: picture for picture in pictures} | (aliases or {}), Matching(), {}
+    pictures = list(dict.fromkeys(names.values()))
     for file in files:
-        candidates = _candidates(file, pictures)
+        candidates = list(dict.fromkeys(names[name] for name in _candidates(file, list(names))))
         if not candidates:
             result.extra.append(file)
         elif len(candidates) > 1:
@@ -58,6 +63,22 @@ def match(
     return result
 
 
+def read_aliases(path: Path, pictures: set[str]) -> dict[str, str]:
+    """Read a table (CSV) of other names of pictures: each line a name, a comma, and the picture that it means.
+
+    Raises UserError where a line is not so.
+    """
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines())]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"--names: cannot read {path} ({first_line(error)})") from error
+    for number, row in enumerate(rows, 1):
+        if row and (len(row) != 2 or not row[0] or row[1] not in pictures):
+            raise UserError(f"--names: line {number} of {path} is {','.join(row)}, and not a name that files have, a "
+                            "comma, and the name of a picture of the test set")
+    return dict(filter(None, rows))
+
+
 def claimed_psnr(file: str) -> float | None:
     """The PSNR in dB that a file's name claims, as in `_PSNR_32.78_`; None where it claims none."""
     return _claimed(_PSNR, file)
@@ -69,11 +90,11 @@ def claimed_ssim(file: str) -> float | None:
 
 
 def _claimed(claim: re.Pattern, file: str) -> float | None:
-    found = claim.search(file)
-    return float(found[1].replace(",", ".")) if found else None
+    found = claim.findall(file)
+    return float(found[-1].replace(",", ".")) if found else None  # a picture's own name may claim something, too
 
 
-def _candidates(file: str, pictures: list[str]) -> list[str]:
+def _candidates(file: str, names: list[str]) -> list[str]:
     file = _normal(file)
     unclaimed = file
     for claim in (_PSNR, _SSIM, _RATIO):
@@ -81,22 +102,25 @@ def _candidates(file: str, pictures: list[str]) -> list[str]:
     stem, bare = _without_suffix(unclaimed), unclaimed
     while bare != (bare := _without_suffix(bare)):  # Barbara.tif__.png
         pass
-    exact = [picture for picture in pictures if _normal(picture) in (file, _without_suffix(file), stem, bare)]
-    return exact or _by_words(_words(unclaimed), pictures) or [p for p in pictures if _loose(p) == _loose(bare) != []]
+    result = RESULT_NAME.fullmatch(file.rpartition(".")[0])
+    for form in (result and result[1], file, _without_suffix(file), stem, bare):
+        if exact := [name for name in names if form in (_normal(name), _normal(file_stem(name)))]:
+            return exact
+    return _by_words(_words(unclaimed), names) or [name for name in names if _loose(name) == _loose(bare) != []]
 
 
-def _by_words(words: list[str], pictures: list[str]) -> list[str]:
-    spans = []  # (start, end, picture)
-    for picture in pictures:
-        wanted = _words(picture)
-        spans += [(start, start + len(wanted), picture) for start in range(len(words) - len(wanted) + 1)
+def _by_words(words: list[str], names: list[str]) -> list[str]:
+    spans = []  # (start, end, name)
+    for name in names:
+        wanted = _words(name)
+        spans += [(start, start + len(wanted), name) for start in range(len(words) - len(wanted) + 1)
                   if wanted and words[start:start + len(wanted)] == wanted]
-    longest = [(start, end, picture) for start, end, picture in spans
+    longest = [(start, end, name) for start, end, name in spans
                if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)]
-    first = [picture for start, _, picture in longest if start == 0]
-    if len(first) == 1 and all(picture.isdigit() for start, _, picture in longest if start > 0):
+    first = [name for start, _, name in longest if start == 0]
+    if len(first) == 1 and all(name.isdigit() for start, _, name in longest if start > 0):
         return first
-    return list(dict.fromkeys(picture for *_, picture in longest))
+    return list(dict.fromkeys(name for *_, name in longest))
 
 
 def _without_suffix(name: str) -> str:

@@ -5,6 +5,7 @@ The pictures are PNGs within the file, and its policy forbids it to load anythin
 import base64
 import html
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,19 +35,21 @@ def write_report(
     Raises UserError where it cannot be written.
     """
     shown = []
-    start, middle, end = (TEMPLATE.read_text(encoding="utf-8").replace("{{title}}", html.escape(comparison.title))
-                          .replace("{{data}}", "{{pictures}}").split("{{pictures}}"))
 
     def write(file: BinaryIO) -> None:
         room = megabytes * 1e6
-        file.write(start.encode())
-        for k, script in _embedded(comparison, pictures, first):
-            room -= len(script)
-            if room < 0:
-                break
-            file.write(script)
-            shown.append(k)
-        file.write(f"{middle}{_json(_data(comparison, pictures, shown))}{end}".encode())
+        for part in re.split(r"(\{\{\w+\}\})", TEMPLATE.read_text(encoding="utf-8")):
+            if part == "{{pictures}}":
+                for k, script in _embedded(comparison, pictures, first):
+                    room -= len(script)
+                    if room < 0:
+                        break
+                    file.write(script)
+                    shown.append(k)
+            elif part == "{{data}}":
+                file.write(_json(_data(comparison, pictures, shown)).encode())
+            else:
+                file.write((html.escape(comparison.title) if part == "{{title}}" else part).encode())
 
     write_atomic(path, write)
     return shown
@@ -69,7 +72,7 @@ def _data(comparison: Comparison, pictures: list[Picture], shown: list[int]) -> 
                      "--report_size makes room for more, and --pictures says which come first.")
     return {
         "subtitle": f"{len(comparison.methods)} method{'s' * (len(comparison.methods) > 1)}, {total} picture"
-                    f"{'s' * (total > 1)}. PSNR and SSIM of the Y channel, of the pictures as they are in the files.",
+                    f"{'s' * (total > 1)}, scored as they are in the files.",
         "pictures": comparison.pictures,
         "sizes": [picture.luminance.shape for picture in pictures],
         "sources": [TRUTH, *(method.name for method in comparison.methods)],

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from utils.comparison.compare import PSNR_TOLERANCE, Average, Comparison, Method, gap, rounding_effect
 from utils.errors import listed
 
+DEFINITION = ("Scores are those of Y, OpenCV's full-range BT.601 luminance, over the whole picture: PSNR with peak 255 "
+              "(MATLAB's Y, from 16 to 235, gives 1.3 dB more) and SSIM with scikit-image's uniform 7x7 window.")
 WIDTH = 100  # columns of a terminal
 NONE = "-"
 CLIPPING = 0.5  # dB; converting a colour reconstruction to RGB has been seen to change its PSNR by 0.14 dB
@@ -66,6 +68,24 @@ def averages_table(comparison: Comparison) -> Table:
     return [[[value] for value in row] for row in zip(*columns, strict=True)]
 
 
+def overview_table(comparisons: list[Comparison]) -> Table:
+    """Methods and published averages in rows, test sets and ratios in columns; PSNR and SSIM of the common pictures."""
+    columns = {}
+    for comparison in comparisons:
+        averages = [method.average(comparison.common) for method in comparison.methods]
+        published, complete = comparison.published, len(comparison.common) == len(comparison.pictures)
+        names = [*(method.name for method in comparison.methods), *(f"{row.name}, published" for row in published)]
+        among = len(names) if complete else len(averages)
+        psnr = ranked(_numbers(averages, 0) + [row.psnr for row in published], 2, among)
+        ssim = ranked(_numbers(averages, 1) + [None] * len(published), 4, among)
+        columns[comparison.title] = {name: [p] if s.text == NONE else [p, s]
+                                     for name, p, s in zip(names, psnr, ssim, strict=True)}
+    rows = sorted(dict.fromkeys(name for column in columns.values() for name in column),
+                  key=lambda name: name.endswith(", published"))
+    return [[[Value("PSNR (dB) / SSIM")], *([Value(title)] for title in columns)],
+            *([[Value(name)], *(column.get(name, [Value(NONE)]) for column in columns.values())] for name in rows)]
+
+
 def pictures_table(comparison: Comparison) -> Table:
     """Pictures in rows, methods in columns, PSNR and SSIM in each cell."""
     table = [[[Value(name)] for name in ("PSNR (dB) / SSIM", *(method.name for method in comparison.methods))]]
@@ -81,16 +101,18 @@ def pictures_table(comparison: Comparison) -> Table:
 def notes(comparison: Comparison) -> list[str]:
     """What must be known to read the averages, one sentence each."""
     common, total = comparison.common, len(comparison.pictures)
-    lines = []
+    lines = [DEFINITION]
     if len(common) == total:
         lines.append(f"Averages are over the whole of {comparison.testset}: {total} picture{'s' * (total > 1)}.")
     elif not common:
-        lines.append("No picture is there for all methods, so that no average compares.")
+        lines.append("No picture was scored for all methods, so that no average compares.")
     else:
         left_out = [name for name in comparison.pictures if name not in common]
         which = f"all but {', '.join(left_out)}" if len(left_out) <= len(common) else ", ".join(common)
         lines.append(f"Best and second are told by the {len(common)} of {total} pictures that all methods have: "
                      f"{which}.")
+    if none := [method.name for method in comparison.methods if not method.scores]:
+        lines.append(f"No picture of {listed(none)} could be scored.")
     if comparison.published:
         lines.append("Published averages are copied from the IDM paper's table, not measured here; all but IDM measure "
                      "each block by itself, most with a learned matrix.")
@@ -128,17 +150,15 @@ def wrapped(lines: Iterable[str]) -> str:
                                    break_on_hyphens=False) for line in lines)
 
 
-def markdown(comparison: Comparison) -> str:
-    """Both tables, best bold and second underlined, the notes and all remarks."""
-    parts = [f"# {_markdown_text(comparison.title)}"]
-    for table in (averages_table(comparison), pictures_table(comparison)):
+def markdown(title: str, tables: list[Table], *lists: list[str]) -> str:
+    """A title, tables with the best bold and the second underlined, and lists of remarks."""
+    parts = [f"# {_markdown_text(title)}"]
+    for table in tables:
         lines = ["| " + " | ".join(" / ".join(("{}", "**{}**", "<u>{}</u>")[value.rank].format(
             _markdown_text(value.text)) for value in cell) for cell in row) + " |" for row in table]
         lines.insert(1, "| --- |" + " ---: |" * (len(table[0]) - 1))
         parts.append("\n".join(lines))
-    for lines in (notes(comparison), remark_lines(comparison)):
-        if lines:
-            parts.append("\n".join(f"- {_markdown_text(line)}" for line in lines))
+    parts += ["\n".join(f"- {_markdown_text(line)}" for line in lines) for lines in lists if lines]
     return "\n\n".join(parts) + "\n"
 
 
@@ -167,14 +187,18 @@ def scores_csv(comparison: Comparison) -> str:
     return _csv(("method", "picture", "psnr", "ssim", "recorded_psnr", "recorded_ssim", "file", "remark"), rows)
 
 
-def averages_csv(comparison: Comparison) -> str:
-    """One row for each method and published average."""
-    rows = [(method.name, "measured", *method.average(), *method.average(comparison.common))
-            for method in comparison.methods]
-    rows += [(row.name, "published", row.psnr, "", "", "", "", "") for row in comparison.published]
-    rows += [(method.name, "scores.csv", *method.recorded_average(), "", "", "") for method in comparison.methods
-             if method.recorded]
-    return _csv(("method", "source", "psnr", "ssim", "pictures", "common_psnr", "common_ssim", "common_pictures"), rows)
+def averages_csv(comparisons: list[Comparison]) -> str:
+    """One row for each test set, ratio, and method or published average."""
+    rows = []
+    for comparison in comparisons:
+        at = (comparison.testset, comparison.cs_ratio)
+        rows += [(*at, method.name, "measured", *method.average(), *method.average(comparison.common))
+                 for method in comparison.methods]
+        rows += [(*at, row.name, "published", row.psnr, "", "", "", "", "") for row in comparison.published]
+        rows += [(*at, method.name, "scores.csv", *method.recorded_average(), "", "", "")
+                 for method in comparison.methods if method.recorded]
+    return _csv(("testset", "cs_ratio", "method", "source", "psnr", "ssim", "pictures", "common_psnr", "common_ssim",
+                 "common_pictures"), rows)
 
 
 def _agreement(method: Method) -> str:
@@ -202,8 +226,13 @@ def _short(text: str, longest: int = 40) -> str:
 
 def _csv(head: tuple[str, ...], rows: list[tuple]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    csv.writer(text, lineterminator="\n").writerows([head, *(map(_inert, row) for row in rows)])
     return text.getvalue()
+
+
+def _inert(value: str | float) -> str | float:
+    """Return a cell with a quote before what a spreadsheet would take for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _markdown_text(text: str) -> str:

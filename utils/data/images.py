@@ -2,6 +2,7 @@
 
 OpenCV decodes. What it would decode wrongly, or although it is damaged, is found out with Pillow and simplejpeg.
 """
+import hashlib
 import io
 import os
 import re
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".pgm", ".ppm", ".pnm",
             ".pbm")
+_SCORE = r"(?:-?\d+\.\d+|-?inf|nan)"
+RESULT_NAME = re.compile(rf"(.+)_PSNR_{_SCORE}_SSIM_{_SCORE}", re.DOTALL)  # of what test.py writes, without suffix
+LONGEST_NAME = 255 - len("_PSNR_-100.00_SSIM_-0.0000.png")  # bytes; file systems take names of up to 255
 MAX_PIXELS = 1 << 26  # of a picture: 8192 x 8192
 _NOT_UTF8, _CONTROL = re.compile("[\ud800-\udfff]"), re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -200,16 +204,22 @@ def write_reconstruction(
     write_atomic(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
+def file_stem(name: str) -> str:
+    """Return what the result picture's file name begins with: the picture's name, where need be cut, with its hash."""
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    mark = "~" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name.encode()[:LONGEST_NAME - len(mark)].decode(errors="ignore") + mark
+
+
 def remove_former(folder: str | os.PathLike, names: Collection[str]) -> None:
     """Remove the reconstructions of pictures of these names that former runs left in `folder`.
 
     Raises UserError where that is not possible.
     """
-    score = r"(?:-?\d+\.\d+|-?inf|nan)"
-    result = re.compile(rf"(.+)_PSNR_{score}_SSIM_{score}\.png", re.DOTALL)
     try:
         for path in Path(folder).iterdir():
-            if (found := result.fullmatch(path.name)) and found[1] in names:
+            if path.suffix == ".png" and (found := RESULT_NAME.fullmatch(path.stem)) and found[1] in names:
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot remove a former result from {folder}: {first_line(error)}") from error

@@ -1,6 +1,5 @@
 """What a test prints and writes: a line a picture, a summary a set, one table, scores.csv, names of result pictures."""
 import csv
-import hashlib
 import io
 import math
 import sys
@@ -8,20 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.data.images import file_stem
 from utils.errors import printable
 from utils.evaluation.evaluate import Metrics, Result, Scores
 from utils.evaluation.metrics import SSIM_WINDOW
 from utils.files import write_atomic
-
-LONGEST_NAME = 255 - len("_PSNR_-100.00_SSIM_-0.0000.png")  # bytes; file systems take names of up to 255
-
-
-def file_stem(name: str) -> str:
-    """Return what the result picture's file name begins with: the picture's name, where need be cut, with its hash."""
-    if len(name.encode()) <= LONGEST_NAME:
-        return name
-    mark = "~" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name.encode()[:LONGEST_NAME - len(mark)].decode(errors="ignore") + mark
 
 
 def result_file(result: Result) -> str:
