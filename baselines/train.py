@@ -15,7 +15,7 @@ from baselines.ddpm import NORM_GROUPS, noise_loss, schedule, small_unet
 from train import update
 from utils import distributed, errors
 from utils.devices import computing_in
-from utils.files import write_whole_folder
+from utils.files import write_folder_atomic
 from utils.flags import whole
 from utils.training.draws import Draw
 from utils.training.loop import train
@@ -97,7 +97,7 @@ def build(settings: DdpmSettings, process: distributed.Process, config: dict[str
 
 def save_pipeline(scheduler: DDPMScheduler, net: UNet2DModel, folder: Path, epoch: int) -> None:
     """Write network and scheduler as a DDPM pipeline of diffusers into the folder `pretrained` of the run's folder."""
-    write_whole_folder(folder / "pretrained", DDPMPipeline(net, scheduler).save_pretrained)
+    write_folder_atomic(folder / "pretrained", DDPMPipeline(net, scheduler).save_pretrained)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong in a few words: the operating system's where it is from there, else the message's first line."""
+    """Return what went wrong in a few words: the operating system's, where they are, else the message's first line."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return reason.strip().partition("\n")[0] or type(error).__name__
 
@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message, the first few of many, on one line whatever they hold."""
+    """Return names for a message, the first few of many, on one line whatever is in them."""
     names = list(names)
     shown = [name if name.isprintable() else ascii(name) for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -89,7 +89,7 @@ def write_atomic(
 
 
 def write_folder_atomic(folder: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` fill a new folder, and put it in the place of `folder` once it is complete.
+    """Let `fill` fill a new folder, and replace `folder` by it once it is complete.
 
     Raises UserError where it cannot be written; the old folder is then what it was.
     """
@@ -107,7 +107,7 @@ def write_folder_atomic(folder: Path, fill: Callable[[Path], Any]) -> None:
 
 def _write(path: Path, make: Callable[[Path], None]) -> None:
     """Let `make` make a file or folder beside `path`, and give it that name."""
-    # The whole name might become too long; two processes may write what ends alike.
+    # The full name might become too long; two processes may write what ends alike.
     token = secrets.token_hex(4)
     partial, old = (path.with_name(f".{path.name[-40:]}-{token}.{suffix}") for suffix in ("partial", "old"))
     with explained(path):
@@ -170,6 +170,3 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
         raise UserError(f"cannot write {path} ({first_line(error)}); see that the disk has room and that the folder "
                         "can be written") from error
-
-
-hold, write_whole, write_whole_folder = lock_folder, write_atomic, write_folder_atomic  # until all callers are renamed

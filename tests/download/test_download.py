@@ -457,17 +457,17 @@ def test_the_known_checksums():
 
 # --- what is fetched by hand ---------------------------------------------------------------------------------------
 
-def test_waterloo_is_counted_and_its_files_are_whole(tmp_path, monkeypatch, call):
+def test_waterloo_is_counted_and_its_files_are_complete(tmp_path, monkeypatch, call):
     assert "4,744 BMP files into data/pristine_images" in call("Waterloo")[1]
     monkeypatch.setattr(verify, "WATERLOO", 12)
     colour = encoded(RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8), "BMP")
     folder = tmp_path / "data" / "pristine_images"
     put(folder, {f"{i:05}.bmp": colour for i in range(1, 12)} | {"sub/last.BMP": encoded(np.eye(9) > 0, "BMP")})
     status, out, _ = call("Waterloo", "--check")
-    assert status == 0 and "12 whole BMP files of 12" in out
+    assert status == 0 and "12 complete BMP files of 12" in out
     put(folder, {"00001.bmp": colour[:-1], "00002.bmp": b"BM", "00003.bmp": CUT["0801.png"], "00004.bmp": b""})
     status, out, _ = call("--check")
-    assert status == 1 and "8 whole BMP files of 12" in out
+    assert status == 1 and "8 complete BMP files of 12" in out
     assert "'00001.bmp', '00002.bmp', '00003.bmp', '00004.bmp'\n" in out
 
 

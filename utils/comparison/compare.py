@@ -2,7 +2,7 @@
 
 All methods are treated alike: a picture's scores are those of the file as it was written, with 8 bits a sample. test.py
 scores its own reconstructions before it writes them. Rounding adds 1/12 to the mean squared error, so that its numbers
-are higher by 0.006 dB at 30 dB and 0.06 dB at 40 dB. A colour file holds the original's Cr and Cb, and clipping to RGB
+are higher by 0.006 dB at 30 dB and 0.06 dB at 40 dB. A colour file has the original's Cr and Cb, and clipping to RGB
 where they do not go with the new Y moves that towards the original, by up to 0.14 dB on the Samples. So where its
 scores.csv lies beside the pictures, its average is a row of its own, exactly as test.py prints it, and the largest
 difference of a picture is told.
@@ -35,7 +35,7 @@ class Score(NamedTuple):
     file: Path
     psnr: float  # dB; inf where equal to the ground truth
     ssim: float  # nan for pictures smaller than SSIM's window
-    colour: bool = False  # whether the file holds colours
+    colour: bool = False  # whether the file is in colour
 
 
 class Recorded(NamedTuple):
@@ -119,7 +119,7 @@ def find_folder(
 ) -> Path:
     """Return where a method's pictures are: FOLDER/SET/RATIO, as test.py writes, FOLDER/SET, FOLDER/RATIO or FOLDER.
 
-    Raises UserError where it does not exist, or none of these holds a picture.
+    Raises UserError where it does not exist, or none of these has a picture.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; a method is given as NAME=FOLDER, a folder of its pictures")
@@ -168,19 +168,19 @@ def score_method(
 
 
 def shown_pixels(luminance: np.ndarray, ycrcb: np.ndarray | None) -> np.ndarray:
-    """What `read_picture` returned, for looking at: grey (H, W), or RGB (H, W, 3) within 2 levels of the file's."""
+    """Return what `read_picture` returned, to look at: grey (H, W), or RGB (H, W, 3) within 2 levels of the file."""
     return luminance if ycrcb is None else cv2.cvtColor(ycrcb, cv2.COLOR_YCrCb2RGB)
 
 
 def gap(a: float, b: float) -> float:
-    """|a - b|; 0 where both are inf, or both nan; inf where one of them is."""
+    """Return |a - b|; 0 where both are inf, or both nan; inf where one of them is."""
     if a == b or (np.isnan(a) and np.isnan(b)):
         return 0.0
     return np.inf if np.isnan(a) or np.isnan(b) else abs(a - b)
 
 
 def rounding_effect(psnr: float) -> float:
-    """By how many dB rounding to whole levels is expected to lower a PSNR: the error's variance grows by 1/12."""
+    """Return by how many dB rounding to integers should lower a PSNR: the error's variance grows by 1/12."""
     with np.errstate(over="ignore"):  # a file's name may claim anything
         return float(10 * np.log10(1 + np.float64(10) ** (psnr / 10) / (12 * 255**2)))
 
@@ -218,7 +218,7 @@ def _average(scores: Iterable[Score | Recorded]) -> Average:
 
 
 def _recorded(path: Path) -> dict[str, Recorded]:
-    """The scores that test.py wrote; nothing where the file is missing or somebody else's."""
+    """Return the scores that test.py wrote; none where the file is missing or somebody else's."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return {row["name"]: Recorded(float(row["psnr"]), float(row["ssim"])) for row in csv.DictReader(file)}

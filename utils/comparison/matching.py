@@ -21,7 +21,7 @@ _RATIO = re.compile(rf"_?(?<![^\W_])(?:cs_?)?ratio[\s_=:-]*(?:{_NUMBER})", re.IG
 
 @dataclass
 class Matching:
-    """The files of a folder and the pictures of a test set, every one of them in exactly one place of its kind."""
+    """The files of a folder and the pictures of a test set, each of them in exactly one of these."""
 
     files: dict[str, str] = field(default_factory=dict)  # picture -> the one file that shows it
     missing: list[str] = field(default_factory=list)  # pictures that no file shows
@@ -80,12 +80,12 @@ def read_aliases(path: Path, pictures: set[str]) -> dict[str, str]:
 
 
 def claimed_psnr(file: str) -> float | None:
-    """The PSNR in dB that a file's name claims, as in `_PSNR_32.78_`; None where it claims none."""
+    """Return the PSNR in dB that a file's name claims, as in `_PSNR_32.78_`; None where it claims none."""
     return _claimed(_PSNR, file)
 
 
 def claimed_ssim(file: str) -> float | None:
-    """The SSIM that a file's name claims, as in `_SSIM_0.9379` or `_SSIM_-0.1`; None where it claims none."""
+    """Return the SSIM that a file's name claims, as in `_SSIM_0.9379` or `_SSIM_-0.1`; None where it claims none."""
     return _claimed(_SSIM, file)
 
 
@@ -137,6 +137,6 @@ def _words(name: str) -> list[str]:
 
 
 def _loose(name: str) -> list[str]:
-    """Runs of letters, and numbers without leading zeros."""
+    """Return runs of letters, and numbers without leading zeros."""
     return [part.lstrip("0") or "0" if part.isdigit() else part
             for part in re.findall(r"\d+|[^\W\d_]+", _normal(name).casefold())]

@@ -34,7 +34,7 @@ class Published(NamedTuple):
 
 
 def published_averages(testset: str, cs_ratio: float) -> list[Published]:
-    """What is published for a test set at a ratio; an empty list where nothing is."""
+    """Return what is published for a test set at a ratio; an empty list where nothing is."""
     columns = [column for column, ratio in enumerate(RATIOS) if math.isclose(ratio, cs_ratio)]
     return [Published(name, sets[testset][column]) for name, sets in _TABLE.items() for column in columns
             if testset in sets and sets[testset][column] is not None]

@@ -30,7 +30,7 @@ def write_report(
     first: list[int],  # the pictures shown first, as indices; the others follow
     megabytes: float,  # of pictures at most; what comes later is left out, its scores are not
 ) -> list[int]:
-    """Write the report, whole or not at all; returns the indices of the pictures that it shows.
+    """Write the report atomically; returns the indices of the pictures that it shows.
 
     Raises UserError where it cannot be written.
     """
@@ -56,7 +56,7 @@ def write_report(
 
 
 def _embedded(comparison: Comparison, pictures: list[Picture], first: list[int]) -> Iterator[tuple[int, bytes]]:
-    """Each picture's index, and an element with its ground truth and what the methods made of it."""
+    """Yield each picture's index, and an element with its ground truth and what the methods made of it."""
     for k in dict.fromkeys([*first, *range(len(pictures))]):
         picture = pictures[k]
         scores = [method.scores.get(picture.name) for method in comparison.methods]

@@ -1,6 +1,6 @@
 """The tables of a comparison: for the terminal, as CSV, Markdown and LaTeX, with the best and the second marked.
 
-What is equal as printed is equal in rank. CSV alone holds all digits.
+What is equal as printed is equal in rank. CSV alone has all digits.
 """
 import csv
 import io
@@ -24,7 +24,7 @@ class Value(NamedTuple):
     rank: int = 0  # 1 for the best, 2 for the second
 
 
-Cell = list[Value]  # mostly one; PSNR and SSIM where a cell holds both
+Cell = list[Value]  # mostly one; PSNR and SSIM where a cell has both
 Table = list[list[Cell]]  # the first row is the head, the first column names
 
 
@@ -33,7 +33,7 @@ def ranked(
     decimals: int,
     among: int | None = None,  # only the first so many are ranked; all of them, if not given
 ) -> list[Value]:
-    """Numbers as text with their ranks. Where there are fewer than two numbers, none is best."""
+    """Return numbers as text with their ranks. Where there are fewer than two numbers, none is best."""
     texts = [NONE if value is None else f"{value:.{decimals}f}" for value in values]
     numbers = [float(text) for text in texts[:among] if text not in (NONE, "nan")]
     best = sorted(set(numbers), reverse=True)[:2] if len(numbers) > 1 else []
@@ -42,7 +42,7 @@ def ranked(
 
 
 def averages_table(comparison: Comparison) -> Table:
-    """Methods in rows, then published averages, then what test.py recorded before rounding, which is never ranked.
+    """Return methods in rows, then published averages, then what test.py recorded before rounding, never ranked.
 
     Where the methods do not all have the same pictures, averages over the common ones follow, and are ranked instead.
     """
@@ -69,7 +69,7 @@ def averages_table(comparison: Comparison) -> Table:
 
 
 def overview_table(comparisons: list[Comparison]) -> Table:
-    """Methods and published averages in rows, test sets and ratios in columns; PSNR and SSIM of the common pictures."""
+    """Return methods and published averages in rows, test sets and ratios in columns, over the common pictures."""
     columns = {}
     for comparison in comparisons:
         averages = [method.average(comparison.common) for method in comparison.methods]
@@ -87,7 +87,7 @@ def overview_table(comparisons: list[Comparison]) -> Table:
 
 
 def pictures_table(comparison: Comparison) -> Table:
-    """Pictures in rows, methods in columns, PSNR and SSIM in each cell."""
+    """Return pictures in rows, methods in columns, PSNR and SSIM in each cell."""
     table = [[[Value(name)] for name in ("PSNR (dB) / SSIM", *(method.name for method in comparison.methods))]]
     for name in comparison.pictures:
         scores = [method.scores.get(name) for method in comparison.methods]
@@ -99,11 +99,11 @@ def pictures_table(comparison: Comparison) -> Table:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What must be known to read the averages, one sentence each."""
+    """Return what must be known to read the averages, one sentence each."""
     common, total = comparison.common, len(comparison.pictures)
     lines = [DEFINITION]
     if len(common) == total:
-        lines.append(f"Averages are over the whole of {comparison.testset}: {total} picture{'s' * (total > 1)}.")
+        lines.append(f"Averages are over all of {comparison.testset}: {total} picture{'s' * (total > 1)}.")
     elif not common:
         lines.append("No picture was scored for all methods, so that no average compares.")
     else:
@@ -117,19 +117,19 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append("Published averages are copied from the IDM paper's table, not measured here; all but IDM measure "
                      "each block by itself, most with a learned matrix.")
         if len(common) < total:
-            lines.append("Published averages are over whole test sets, and so not ranked with these.")
+            lines.append("Published averages are over complete test sets, and so not ranked with these.")
     return lines + [_agreement(method) for method in comparison.methods if method.recorded]
 
 
 def remark_lines(comparison: Comparison) -> list[str]:
-    """All remarks, one line for each method and kind."""
+    """Return all remarks, one line for each method and kind."""
     return [f"{method.name}: {kind} ({len(texts)}): {'; '.join(texts)}" for method in comparison.methods
             for kind in dict.fromkeys(remark.kind for remark in method.remarks)
             for texts in [[remark.text for remark in method.remarks if remark.kind == kind]]]
 
 
 def terminal(table: Table) -> str:
-    """Aligned, at most WIDTH wide: what does not fit beside the names goes below, under the names again."""
+    """Return a table aligned, at most WIDTH wide: what does not fit beside the names goes below, names first again."""
     rows = [["  ".join(value.text + " *+"[value.rank] for value in cell) if r and c else _short(cell[0].text)
              for c, cell in enumerate(row)] for r, row in enumerate(table)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -145,13 +145,13 @@ def terminal(table: Table) -> str:
 
 
 def wrapped(lines: Iterable[str]) -> str:
-    """Long lines of a terminal, each wrapped and its continuation indented."""
+    """Return long lines for a terminal, each wrapped and its continuation indented."""
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False,
                                    break_on_hyphens=False) for line in lines)
 
 
 def markdown(title: str, tables: list[Table], *lists: list[str]) -> str:
-    """A title, tables with the best bold and the second underlined, and lists of remarks."""
+    """Return a title, tables with the best bold and the second underlined, and lists of remarks."""
     parts = [f"# {_markdown_text(title)}"]
     for table in tables:
         lines = ["| " + " | ".join(" / ".join(("{}", "**{}**", "<u>{}</u>")[value.rank].format(
@@ -163,7 +163,7 @@ def markdown(title: str, tables: list[Table], *lists: list[str]) -> str:
 
 
 def latex(table: Table, apart: int = 0) -> str:
-    r"""A tabular for \usepackage{booktabs}, best bold and second underlined; the last rows `apart` below a rule."""
+    r"""Return a tabular for \usepackage{booktabs}, best bold, second underlined; the last rows `apart` below a rule."""
     lines = ["% \\usepackage{booktabs}", f"\\begin{{tabular}}{{l{'c' * (len(table[0]) - 1)}}}", "\\toprule"]
     for r, row in enumerate(table):
         if r == 1 or (apart and r == len(table) - apart):
@@ -174,7 +174,7 @@ def latex(table: Table, apart: int = 0) -> str:
 
 
 def scores_csv(comparison: Comparison) -> str:
-    """One row for each picture and method, scored or not, and for each file that shows none."""
+    """Return one row for each picture and method, scored or not, and for each file that shows none."""
     rows = []
     for method in comparison.methods:
         told = [(remark, f"{remark.kind}: {remark.text}") for remark in method.remarks]
@@ -188,7 +188,7 @@ def scores_csv(comparison: Comparison) -> str:
 
 
 def averages_csv(comparisons: list[Comparison]) -> str:
-    """One row for each test set, ratio, and method or published average."""
+    """Return one row for each test set, ratio, and method or published average."""
     rows = []
     for comparison in comparisons:
         at = (comparison.testset, comparison.cs_ratio)
@@ -202,17 +202,17 @@ def averages_csv(comparisons: list[Comparison]) -> str:
 
 
 def _agreement(method: Method) -> str:
-    """How far the scores of the written pictures are from those that test.py recorded."""
+    """Return how far the scores of the written pictures are from those that test.py recorded."""
     scores = method.scores
     gaps = {name: (gap(scores[name].psnr, recorded.psnr), gap(scores[name].ssim, recorded.ssim))
             for name, recorded in method.recorded.items()}
     worst = max(gaps, key=lambda name: gaps[name][0])
     strange = [name for name, recorded in method.recorded.items() if gaps[name][0] > rounding_effect(recorded.psnr)
                + (CLIPPING if scores[name].colour else PSNR_TOLERANCE)]
-    doubt = f"; for {listed(strange)} that is more than either does: is it of these pictures?" if strange else "."
+    strange = f"; for {listed(strange)} that is more than either does: is it of these pictures?" if strange else "."
     return (f"{method.name}: scores.csv is from before the pictures were rounded to 8 bits and, in colour, clipped to "
             f"RGB; as written they differ from it by at most {gaps[worst][0]:.4f} dB ({worst}) and "
-            f"{max(pair[1] for pair in gaps.values()):.4f} in SSIM{doubt}")
+            f"{max(pair[1] for pair in gaps.values()):.4f} in SSIM{strange}")
 
 
 def _numbers(averages: list[Average], k: int) -> list[float | None]:

@@ -22,7 +22,7 @@ class TrainingCrops(Dataset):
     Args:
         folder: searched recursively for pictures.
         patch_size: P, the side of a crop in pixels.
-        seed: of the whole run.
+        seed: of the run.
         cache_dir: where the decoded pictures of the folder are kept, for this run and later ones; None keeps them in
             memory, each process its own.
 
@@ -55,7 +55,7 @@ class TrainingCrops(Dataset):
         self.patch_size, self.seed = patch_size, seed
 
     def __getitem__(self, index: int) -> Tensor:
-        """Crop `index`, any number from 0 on: (1, P, P) uint8."""
+        """Return crop `index`, any number from 0 on: (1, P, P) uint8."""
         random, size = np.random.default_rng((self.seed, index)), self.patch_size
         picture = self.pictures[self.numbers[random.integers(len(self.numbers))]]
         top = random.integers(picture.shape[0] - size + 1)
@@ -63,7 +63,7 @@ class TrainingCrops(Dataset):
         return torch.from_numpy(picture[top:top + size, left:left + size].copy())[None]
 
     def fingerprint(self) -> str:
-        """Tells one collection of pictures from another by their number, names and sizes."""
+        """Return what tells collections of pictures apart: their number, and a checksum of names and sizes."""
         listing = [f"{name} {tuple(shape)}" for name, shape in
                    zip(self.names, self.pictures.shapes[self.numbers].tolist(), strict=True)]
         checksum = zlib.crc32("\n".join(listing).encode(errors="surrogateescape"))

@@ -38,12 +38,12 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def is_picture_name(name: str) -> bool:
-    """Whether a file's name says that it holds a picture; hidden files, such as macOS's ._a.png, do not."""
+    """Return whether a file's name says that it is a picture; hidden files, such as macOS's ._a.png, do not."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def list_pictures(folder: str | os.PathLike) -> list[Path]:
-    """The picture files in `folder`, told by suffix and sorted by name; hidden files and all else are ignored.
+    """Return the picture files in `folder`, told by suffix and sorted by name; hidden files and all else are ignored.
 
     A link to a file that is not there is listed as well, that it be missed by whoever reads it.
 
@@ -188,12 +188,12 @@ def _check_tiff(picture: Image.Image, content: bytes) -> None:
 
 
 def in_8_bits(luminance: np.ndarray) -> np.ndarray:
-    """Luminance in [0, 255] as a file holds it, uint8: rounded and clipped; what is not a number becomes black."""
+    """Return luminance in [0, 255] as in a file, uint8: rounded and clipped; what is not a number becomes black."""
     return np.nan_to_num(luminance, nan=0.0).round().clip(0, 255).astype(np.uint8)
 
 
 def write_reconstruction(
-    path: str | os.PathLike,  # the PNG file to write, whole or not at all
+    path: str | os.PathLike,  # the PNG file, which is written atomically
     luminance: np.ndarray,  # float (H, W) in [0, 255]
     ycrcb: np.ndarray | None = None,  # uint8 (H, W, 3), the original that lends Cr and Cb; None for a grey picture
 ) -> None:

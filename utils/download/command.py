@@ -18,7 +18,7 @@ from utils.download.fetch import HOMES, offers
 from utils.download.verify import CHECKSUMS, WATERLOO, check_testset, check_waterloo, check_weights, find, verdict
 from utils.errors import UserError, listed, printable, run
 from utils.files import lock_folder, make_folder, write_atomic
-from utils.flags import Parser, place, run_name
+from utils.flags import Parser, file_path, run_name
 
 WEIGHTS = tuple(f"{run_name([ratio], 3, 32)}/net_params_50.pkl" for ratio in (0.1, 0.3, 0.5))
 NAMES = (*HOMES, "Waterloo", "weights")
@@ -150,9 +150,9 @@ def parse_arguments() -> argparse.Namespace:
                         help="a mirror to take the test sets from")
     parser.add_argument("--check", action="store_true",
                         help="fetch nothing; check the files of the sets named, or of all that are there")
-    parser.add_argument("--data_dir", type=place, default="data",
+    parser.add_argument("--data_dir", type=file_path, default="data",
                         help="where the sets' folders are (default: %(default)s)")
-    parser.add_argument("--model_dir", type=place, default="weight",
+    parser.add_argument("--model_dir", type=file_path, default="weight",
                         help="where the weights' folders are (default: %(default)s)")
     args = parser.parse_args()
     for name in args.names:

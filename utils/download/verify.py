@@ -1,7 +1,7 @@
-"""Whether data sets and weights are what they should be: names, counts, sizes, and a checksum for every picture.
+"""Checks that data sets and weights are what they should be: names, counts, sizes, and a checksum for every picture.
 
 A picture has two checksums: of its file, and of its decoded pixels, for the same pixels can be written as many files.
-`checksums.json` holds {set: {file: {bytes, sha256, shape, dtype, pixels}}}, where `pixels` is the SHA-256 of the pixels
+`checksums.json` is {set: {file: {bytes, sha256, shape, dtype, pixels}}}, where `pixels` is the SHA-256 of the pixels
 in RGB order, rows from top to bottom.
 """
 import hashlib
@@ -53,7 +53,7 @@ def find(
     wanted: Known,
     shifts: range = range(1),  # by how many pixels, either way, a wanted picture may lie off the centre of a larger one
 ) -> tuple[str, bytes] | None:
-    """(name, content to write) of the wanted file that this is or holds, told by checksums alone; None if none.
+    """Return (name, content to write) of the wanted file that this is or contains, told by checksums alone, or None.
 
     A file that is byte for byte the wanted one is written as it is; what has its pixels, anew and without loss.
     """
@@ -75,7 +75,7 @@ def find(
 
 
 def _windows(pixels: np.ndarray, shape: tuple[int, ...], shifts: range) -> Iterator[np.ndarray]:
-    """Cut-outs of that shape at the picture's centre and shifted from there, the nearest first."""
+    """Yield cut-outs of that shape at the picture's centre and shifted from there, the nearest first."""
     spare = [have - want for have, want in zip(pixels.shape[:2], shape[:2], strict=True)]
     if pixels.shape[2:] != shape[2:] or min(spare) < 0:
         return
@@ -86,7 +86,7 @@ def _windows(pixels: np.ndarray, shape: tuple[int, ...], shifts: range) -> Itera
 
 
 def _decode(content: bytes) -> np.ndarray | None:
-    """Grey (H, W) or RGB (H, W, 3) pixels; None where it is no picture, or one of absurd size."""
+    """Return grey (H, W) or RGB (H, W, 3) pixels; None where it is no picture, or one of absurd size."""
     try:
         with Image.open(io.BytesIO(content)) as picture:  # reads the header alone
             if math.prod(picture.size) > MAX_PIXELS:
@@ -142,18 +142,18 @@ def _look(path: Path, known: dict) -> str:
 # --- what is fetched by hand ---------------------------------------------------------------------------------------
 
 def check_waterloo(folder: Path) -> bool:
-    """Print whether the training pictures are all there and whole; their checksums are not known."""
+    """Print whether the training pictures are all there and complete; their checksums are not known."""
     files = sorted(path for path in folder.rglob("*") if is_picture_name(path.name) and path.is_file())
-    broken = [path.name for path in files if not _whole_bmp(path)]
-    print(f"Waterloo: {len(files) - len(broken):,} whole BMP files of {WATERLOO:,} in {folder}, by header and length "
-          "(no checksums are known)")
+    broken = [path.name for path in files if not _is_complete_bmp(path)]
+    print(f"Waterloo: {len(files) - len(broken):,} complete BMP files of {WATERLOO:,} in {folder}, by header and "
+          "length (no checksums are known)")
     if broken:
         print(f"  cut short, or no BMP: {listed(map(repr, broken))}")
     return len(files) == WATERLOO and not broken
 
 
-def _whole_bmp(path: Path) -> bool:
-    """Whether the file starts as a BMP does and is as long as its header says."""
+def _is_complete_bmp(path: Path) -> bool:
+    """Return whether the file starts as a BMP does and is as long as its header says."""
     try:
         with open(path, "rb") as file:
             header = file.read(34)
@@ -167,7 +167,7 @@ def _whole_bmp(path: Path) -> bool:
 
 
 def check_weights(path: Path) -> bool:
-    """Print whether a file holds weights of the published keys and shapes; it is mapped into memory, not loaded."""
+    """Print whether a file has weights of the published keys and shapes; it is mapped into memory, not loaded."""
     import torch
 
     from model import IDM, WeightsError  # here, since it takes seconds that nothing else needs

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.files import append_line, explained, write_whole
+from utils.files import append_line, explained, write_atomic
 
 # Under "Custom scalars" all curves whose names match are in one chart.
 CHARTS = {"network": {"v": ["Multiline", ["v/.*"]], "alpha": ["Multiline", ["schedule/.*"]]}}
@@ -41,7 +41,7 @@ class TrainingLog:
         if self.records.exists():
             kept = [line for line in self.records.read_text(encoding="utf-8", errors="replace").splitlines()
                     if _iteration(line) <= iteration]
-            write_whole(self.records, "".join(f"{line}\n" for line in kept).encode())
+            write_atomic(self.records, "".join(f"{line}\n" for line in kept).encode())
             self.iteration = max(map(_iteration, kept), default=0)
 
     def line(self, text: str) -> None:

@@ -50,7 +50,7 @@ def open_run(settings: Settings, process: Process, build: Builder | None = None,
     if process.is_main:
         files.make_folder(settings.folder, "--model_dir")
         files.make_folder(settings.log_dir, "--log_dir")
-        lock = files.hold(settings.folder, "--model_dir")
+        lock = files.lock_folder(settings.folder, "--model_dir")
     state, notes = find_state(settings, process)
     resumed = state is not None
     testset, test_notes = open_testset(settings, process)

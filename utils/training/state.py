@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.weight_files import zip_damage
 from utils.devices import memory_suffices
 from utils.errors import UserError, first_line
-from utils.files import remove, write_whole, write_whole_folder
+from utils.files import remove, write_atomic, write_folder_atomic
 
 
 class DamagedState(UserError):
@@ -63,7 +63,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
     before = [other for other in list_states(folder) if other.name < path.name]
     content = vars(state) | {"progress": vars(state.progress)}  # plain types, that no code need be unpickled
     try:
-        write_whole(path, lambda file: torch.save(content, file))
+        write_atomic(path, lambda file: torch.save(content, file))
     except UserError as error:
         raise UserError(f"{error}, then start the same command again to go on from the last state") from error
     # What has a higher number was found damaged, or the run would not be back here.
@@ -162,8 +162,8 @@ def save_checkpoint(
         on_cpu: dict[int, Tensor] = {}  # what has two names is stored once
         weights = {name: on_cpu.setdefault(tensor.data_ptr(), tensor.cpu())
                    for name, tensor in net.official_state_dict().items()}
-        write_whole(folder / f"net_params_{epoch}.pkl", lambda file: torch.save(weights, file))
-    write_whole_folder(folder / "pretrained", net.save_pretrained)
+        write_atomic(folder / f"net_params_{epoch}.pkl", lambda file: torch.save(weights, file))
+    write_folder_atomic(folder / "pretrained", net.save_pretrained)
 
 
 def holds_checkpoint(folder: Path) -> bool:
