@@ -69,6 +69,24 @@ class LinearOperator(nn.Module):
         x = self.A_adjoint(y)
         return x if damping is None else x / (1 + per_image(damping, x))
 
+    def check_image(self, x: Tensor, channels: int | None = None) -> None:
+        """Raise ValueError unless x is real, (batch, channels, *self.image_shape); None: of any number of channels."""
+        if x.is_complex():
+            raise ValueError(f"{type(self).__name__} takes real images; give the real and the imaginary part of "
+                             "complex ones as two channels")
+        wanted = x.shape[1:2] if channels is None else (channels,)
+        if x.ndim != 4 or x.shape[1:] != (*wanted, *self.image_shape):
+            names = f"batch, {'channels' if channels is None else channels}"
+            why = " (complex ones, of two channels)" if channels == 2 else ""
+            raise ValueError(f"{type(self).__name__} takes images ({names}, {self.image_shape[0]}, "
+                             f"{self.image_shape[1]}){why}, not {tuple(x.shape)}")
+
+    def check_measurements(self, y: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless y is (batch, *shape)."""
+        if y.shape[1:] != tuple(shape):
+            raise ValueError(f"measurements of {type(self).__name__} are (batch, {', '.join(map(str, shape))}), "
+                             f"not {tuple(y.shape)}")
+
     def measured(self, y: Tensor) -> float:
         """Return how many numbers y holds of an image, not counting those that are 0 by construction."""
         return y[0].numel()

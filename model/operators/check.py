@@ -13,7 +13,8 @@ class OperatorError(ValueError):
     """An operator that contradicts itself; the message says in what, and by how much."""
 
 
-PSEUDO_INVERSE_BOUND = 1e-2  # relative; what conjugate gradients leave of an ill-conditioned operator is allowed
+PSEUDO_INVERSE_BOUND = 1e-2  # relative; what is left of an ill-conditioned operator is allowed
+PROJECTION_BOUND = 0.1  # and what a little damping does to its smallest singular values
 _checked: WeakSet[nn.Module] = WeakSet()
 
 
@@ -66,7 +67,7 @@ def _check(operator: nn.Module, x: Tensor) -> None:
         claim = " (it claims to be tight)" if getattr(operator, "tight", False) else ""
         raise OperatorError(f"A A⁺A = A does not come true for {name}{claim}: it is off by {error:.1g} of |A x|")
     error = float((inverse * (x - inverse)).sum().abs() / (inverse.norm() * x.norm()))
-    if not error <= PSEUDO_INVERSE_BOUND:
+    if not error <= PROJECTION_BOUND:
         raise OperatorError(f"A⁺A of {name} is no orthogonal projection: A_dagger gives an image that is not of least "
                             f"norm (<A⁺A x, x - A⁺A x> is {error:.1g} of |A⁺A x| |x|)")
 

@@ -162,6 +162,15 @@ def number_of_measurements(cs_ratio: float, block_size: int) -> int:
     return max(1, math.ceil(round(cs_ratio * block_size**2, 6)))  # rounded first: 0.07 * 100 is 7.000000000000001
 
 
+def permuted(
+    x: Tensor,  # (..., pixels)
+    permutation: Tensor,  # (pixels,), or of x (batch, pixels) for each row
+    inverse: Tensor,  # its inverse permutation
+) -> Tensor:
+    """Return x gathered along its last dimension, pixel permutation[i] at i; backward gathers by the inverse."""
+    return _Permute.apply(x, permutation, inverse)
+
+
 class _Permute(torch.autograd.Function):
     """Gather along the last dimension by a permutation; its gradient is the gather by the inverse (no scatter).
 

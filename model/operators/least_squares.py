@@ -52,6 +52,21 @@ def per_image(numbers: Tensor, like: Tensor) -> Tensor:
     return numbers.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
+def inverse_gain(s: Tensor, damping: Tensor | None, like: Tensor) -> Tensor:
+    """s/(s² + λ), and 0 where s is below √eps of the largest: what a measurement's coefficients are multiplied by.
+
+    Args:
+        s: singular values, of any shape.
+        damping: λ, (batch,) or (1,), or None.
+        like: the measurements (batch, …), of as many dimensions as the result shall have.
+    """
+    seen = s > torch.finfo(s.dtype).eps ** 0.5 * s.max()
+    power = torch.where(seen, s.square(), 1)
+    if damping is not None:
+        power = power + per_image(damping, like).to(s.dtype)
+    return torch.where(seen, s, 0) / power
+
+
 def conjugate_gradients(system: System, y: Tensor, damping: Tensor | None) -> Tensor:
     """Return (AᵀA + λI)⁻¹Aᵀy by the method of Hestenes and Stiefel for least squares (CGLS), each image on its own.
 
