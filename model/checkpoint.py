@@ -37,7 +37,7 @@ DEFAULT_HEADS = 8  # neither attention heads nor groups leave a trace in the wei
 NORM_GROUPS = 32
 OFFICIAL_SETTINGS = {  # that a published checkpoint does not tell
     "num_attention_heads": DEFAULT_HEADS, "norm_groups": NORM_GROUPS, "coupling": "weighted", "schedule": "learned",
-    "attention": (True, True), "attention_window": (None, None)}
+    "attention": (True, True), "attention_window": (None, None), "in_channels": 1}
 
 # --- names ---------------------------------------------------------------------------------------------------------
 

@@ -22,12 +22,12 @@ _SPREAD = 0.368  # of the features before the last group norm, which divides by 
 
 @torch.no_grad()
 def start(net: "IDM") -> None:
-    """Give a network these initial values; where its first scale has no room for IMAGES images, it just estimates 0.
+    """Give a network these initial values; of images of two channels, or without room for IMAGES, it just estimates 0.
 
     v of the weighted coupling is 0.01 in all steps but the first, where it makes up for the step's greater noise level.
     """
     levels = _noise_levels(net.schedule, net.config.num_steps)
-    if net.unet.halves:
+    if net.unet.halves and net.config.in_channels == 1:
         _start_halves(net.unet)
         return
     with_v = all(hasattr(coupling, "v") for coupling in net.steps)
@@ -35,7 +35,10 @@ def start(net: "IDM") -> None:
         nn.init.constant_(coupling.v, 0.01)
     if with_v and len(levels) > 1:
         nn.init.constant_(net.steps[0].v, 1 - levels[-1] / levels[-2])
-    _start_unet(net.unet, levels)
+    if net.config.in_channels == 1:
+        _start_unet(net.unet, levels)
+    else:
+        _zero(net.unet.conv_out)
 
 
 def _noise_levels(schedule: nn.Module, num_steps: int) -> list[float]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import checkpoint, compact_start, photograph, settings
 from .couplings import Swapped
-from .operators import LinearOperator, PaddedOperator, dagger, warn_if_wrong
+from .operators import LinearOperator, PaddedOperator, dagger, is_tight, warn_if_wrong
 from .reversible import ReversibleChain
 from .unet import Reversal, UNet
 
@@ -85,6 +85,7 @@ class IDM(ModelMixin, ConfigMixin):
         attention: whether each of the two scales has attention (published: both); its injectors stay without it.
         attention_window: side, in tokens, of the windows within which attention works, for both scales or for each;
             None: all tokens attend to all (published).  It can be changed later: see the property.
+        in_channels: of the images (published: 1; complex images have two, real and imaginary part).
 
     Raises:
         ValueError: for a name or a setting that is not known, and for widths that the group norms, the heads or the
@@ -106,6 +107,7 @@ class IDM(ModelMixin, ConfigMixin):
         schedule_settings: dict[str, Any] | None = None,
         attention: bool | tuple[bool, bool] = (True, True),
         attention_window: int | None | tuple[int | None, int | None] = None,
+        in_channels: int = 1,
     ):
         super().__init__()
         coupling_class = settings.coupling_of(self.config)
@@ -182,15 +184,20 @@ class IDM(ModelMixin, ConfigMixin):
         noise_level: float | Tensor | None = None,  # σ of the noise in y, of all images or (batch,); None: 0
         steps: int | None = None,  # begin the chain at step t = steps, from 1 to T; None: T
     ) -> Tensor:
-        """x̂, (batch, 1, H, W); not clamped.
+        """x̂, (batch, in_channels, H, W); not clamped.
 
         Warns once of an operator that contradicts itself (see `check_operator`).
 
         Raises:
-            ValueError: where `steps` is not from 1 to T, or a noise level impossible.
+            ValueError: where `steps` is not from 1 to T, a noise level impossible, or the number of channels another.
             TypeError: where something that needs a gradient is hidden from the engine (see `ReversibleChain`).
         """
-        back_projection = dagger(operator, y)
+        sigma = self._noise_level(noise_level, len(y) if isinstance(y, Tensor) else len(y[0]))
+        # Of an operator that is not tight A⁺ may enlarge noise without bound; images are believed to be about 1.
+        back_projection = dagger(operator, y, None if sigma is None or is_tight(operator, y) else sigma.square())
+        if back_projection.shape[1] != self.config.in_channels:
+            raise ValueError(f"the operator measures images of {back_projection.shape[1]} channels, but the network is "
+                             f"for {self.config.in_channels}: see its argument in_channels")
         warn_if_wrong(operator, back_projection)
         height, width = back_projection.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:
@@ -199,7 +206,7 @@ class IDM(ModelMixin, ConfigMixin):
         last = self.config.num_steps if steps is None else steps
         if not 1 <= last <= self.config.num_steps:
             raise ValueError(f"steps must be from 1 to {self.config.num_steps}, not {steps}")
-        alpha_bar, damping = self.schedule(back_projection)[:, :last + 1], self._damping(noise_level, back_projection)
+        alpha_bar, damping = self.schedule(back_projection)[:, :last + 1], self._damping(sigma)
         parts = self._parts(operator, y, back_projection, alpha_bar, damping)
         x = torch.cat([self._sample(operator, *part, last, keep_last=part is parts[-1]) for part in parts])
         x = x[..., :height, :width]
@@ -253,15 +260,19 @@ class IDM(ModelMixin, ConfigMixin):
         """
         return photograph.reconstruct(self, image, cs_ratio, block_size, seed)
 
-    def _damping(self, noise_level: float | Tensor | None, like: Tensor) -> Tensor:
-        """λ_t(σ) = exp(log_damping_t) σ², (batch or 1, T): the variance of y's noise by that of the error of x₀."""
+    def _noise_level(self, noise_level: float | Tensor | None, batch: int) -> Tensor | None:
+        """σ, (batch or 1,), where it is given."""
         if noise_level is None:
-            return 0 * self.log_damping.exp()[None]
-        sigma = torch.as_tensor(noise_level, device=like.device).reshape(-1)
-        if len(sigma) not in (1, len(like)) or not bool((sigma.isfinite() & (sigma >= 0)).all()):
-            raise ValueError(f"noise_level must be at least 0, one number or one of each of the {len(like)} images, "
+            return None
+        sigma = torch.as_tensor(noise_level, device=self.log_damping.device, dtype=self.log_damping.dtype).reshape(-1)
+        if len(sigma) not in (1, batch) or not bool((sigma.isfinite() & (sigma >= 0)).all()):
+            raise ValueError(f"noise_level must be at least 0, one number or one of each of the {batch} images, "
                              f"not {noise_level}")
-        return sigma.to(self.log_damping.dtype)[:, None] ** 2 * self.log_damping.exp()
+        return sigma
+
+    def _damping(self, sigma: Tensor | None) -> Tensor:
+        """λ_t(σ) = exp(log_damping_t) σ², (batch or 1, T): the variance of y's noise by that of the error of x₀."""
+        return (0 if sigma is None else sigma[:, None] ** 2) * self.log_damping.exp()[None]
 
     def to(self, *args, **kwargs) -> "IDM":
         """As of any module; diffusers' own warns of parts kept in float32, of which there are none here."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Injector(nn.Module):
-    """features + unlift([z, A⁺A z, A⁺y]), where z = lift(features) is one image-sized channel.
+    """features + unlift([z, A⁺A z, A⁺y]), where z = lift(features) is an image.
 
     For each sampling step t it has two 1×1 convolutions of its own.
 
@@ -21,17 +21,19 @@ class Injector(nn.Module):
         channels: nf, width of the features; a multiple of factor².
         factor: r, side of the image by side of the features.
         num_steps: T.
+        in_channels: of the images.
     """
 
-    def __init__(self, channels: int, factor: int, num_steps: int):
+    def __init__(self, channels: int, factor: int, num_steps: int, in_channels: int = 1):
         super().__init__()
         if channels % factor**2:
             raise ValueError(f"an injector of width {channels} cannot unfold {factor}x{factor} pixels: "
                              f"the width must be a multiple of {factor**2}")
         self.factor = factor
         folded = channels // factor**2
-        self.lift = nn.ModuleList(FullPrecisionConv2d(folded, 1, kernel_size=1) for _ in range(num_steps))
-        self.unlift = nn.ModuleList(FullPrecisionConv2d(3, folded, kernel_size=1) for _ in range(num_steps))
+        seen = 3 * in_channels
+        self.lift = nn.ModuleList(FullPrecisionConv2d(folded, in_channels, kernel_size=1) for _ in range(num_steps))
+        self.unlift = nn.ModuleList(FullPrecisionConv2d(seen, folded, kernel_size=1) for _ in range(num_steps))
 
     def reads(self, inputs: "Inputs") -> tuple[Tensor, LinearOperator, int]:
         return inputs.back_projection, inputs.operator, inputs.step
@@ -39,7 +41,7 @@ class Injector(nn.Module):
     def forward(
         self,
         features: Tensor,  # (batch, channels, H/r, W/r)
-        back_projection: Tensor,  # A⁺y, (batch, 1, H, W)
+        back_projection: Tensor,  # A⁺y, (batch, in_channels, H, W)
         operator: LinearOperator,
         step: int,  # t, from 1 to T
     ) -> Tensor:

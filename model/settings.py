@@ -20,7 +20,7 @@ def scales(config: Mapping[str, Any]) -> tuple[Scale, Scale]:
     attention, windows = for_both(config["attention"], "attention"), window_pair(config["attention_window"])
     narrow, wide = (
         Scale(channels, factor, config["num_steps"], config["num_attention_heads"], config["norm_groups"], *of_scale,
-              coupling=coupling_of(config))
+              coupling=coupling_of(config), in_channels=config["in_channels"])
         for channels, factor, *of_scale in zip(config["block_out_channels"], factors, attention, windows, strict=True))
     return narrow, wide
 
@@ -75,6 +75,6 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
         if halves and (width % (2 * groups) or width % (2 * heads)):
             raise ValueError(f"half of {width}, on which the coupling {config['coupling']!r} works, is no multiple of "
                              f"the {groups} groups and of the {heads} heads")
-    for key in ("num_steps", "shuffle"):
+    for key in ("num_steps", "shuffle", "in_channels"):
         if config[key] < 1:
             raise ValueError(f"{key} must be at least 1, not {config[key]}")

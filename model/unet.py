@@ -45,7 +45,7 @@ class Reversal:
 class Inputs:
     """What a module of a chain may read beside its features; its `reads` says which."""
 
-    back_projection: Tensor  # Aᵀy, (batch, 1, H, W)
+    back_projection: Tensor  # A⁺y, (batch, in_channels, H, W)
     operator: LinearOperator
     step: int  # t
     skips: dict[str, Tensor]  # by the names above
@@ -112,6 +112,7 @@ class Scale:
     attention: bool  # whether there is any
     window: int | None  # side of attention's windows, in tokens; None: all attend to all
     coupling: type[nn.Module]
+    in_channels: int = 1  # of the images
 
     @property
     def halves(self) -> bool:
@@ -129,7 +130,7 @@ class Scale:
     def injected_attention(self) -> list[nn.Module]:
         """Attention between two injectors; without it, the injectors alone."""
         attention = self.width, self.heads, self.norm_groups, self.window
-        injector = self.width, self.factor, self.num_steps
+        injector = self.width, self.factor, self.num_steps, self.in_channels
         return [Injector(*injector), *([Attention(*attention)] if self.attention else []), Injector(*injector)]
 
     def chain(self, bodies: list[nn.Module]) -> ReversibleChain:
@@ -211,7 +212,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The noise estimator ε, (batch, shuffle², h, w) -> the same shape; h and w even.
+    """The noise estimator ε, (batch, in_channels · shuffle², h, w) -> the same shape; h and w even.
 
     Args:
         narrow: the first scale, of the image folded by its factor.
@@ -221,7 +222,7 @@ class UNet(nn.Module):
     def __init__(self, narrow: Scale, wide: Scale):
         super().__init__()
         self.shuffle, self.halves, n, w = narrow.factor, narrow.halves, narrow.channels, wide.channels
-        self.conv_in = FullPrecisionConv2d(self.shuffle**2, n, kernel_size=3, padding=1)
+        self.conv_in = FullPrecisionConv2d(narrow.in_channels * self.shuffle**2, n, kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList([
             DownBlock("down_0", narrow, n, downsample=True),
             DownBlock("down_1", wide, n, downsample=False),
@@ -231,7 +232,7 @@ class UNet(nn.Module):
             UpBlock(narrow, w, {"down_0.pair_1": n, "down_0.pair_0": n, "conv_in": n}, upsample=False),
         ])
         self.conv_norm_out = nn.GroupNorm(narrow.norm_groups, n, eps=1e-5)
-        self.conv_out = FullPrecisionConv2d(n, self.shuffle**2, kernel_size=3, padding=1)
+        self.conv_out = FullPrecisionConv2d(n, narrow.in_channels * self.shuffle**2, kernel_size=3, padding=1)
         self.reversal = Reversal()
 
     def forward(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:

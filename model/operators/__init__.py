@@ -8,7 +8,7 @@ from .hadamard import HadamardSensing
 from .inpainting import Inpainting
 from .matrix import MatrixSensing
 from .mri import MRI, MultiCoilMRI
-from .pseudo_inverse import dagger
+from .pseudo_inverse import dagger, is_tight
 from .super_resolution import SuperResolution
 
 OPERATORS = {
@@ -25,5 +25,5 @@ OPERATORS = {
 
 __all__ = ["CT", "MRI", "OPERATORS", "BlockCompressedSensing", "Deblurring", "HadamardSensing", "Inpainting",
            "LinearOperator", "MatrixSensing", "MultiCoilMRI", "OperatorError", "PaddedOperator", "SuperResolution",
-           "TransformedOperator", "check_operator", "dagger", "number_of_measurements", "random_sampling_matrix",
-           "warn_if_wrong"]
+           "TransformedOperator", "check_operator", "dagger", "is_tight", "number_of_measurements",
+           "random_sampling_matrix", "warn_if_wrong"]

@@ -47,6 +47,11 @@ def way_of(operator: nn.Module, y: Tensor) -> Way:
     return _ways[operator]
 
 
+def is_tight(operator: nn.Module, y: Tensor) -> bool:
+    """Return whether A⁺ = Aᵀ, as the operator says or, of another library, as a random image shows."""
+    return getattr(operator, "tight", False) or way_of(operator, y) is Way.ADJOINT
+
+
 def _takes_damping(operator: nn.Module) -> bool:
     method = getattr(operator, "A_dagger", None)
     return method is not None and "damping" in inspect.signature(method).parameters

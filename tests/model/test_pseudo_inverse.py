@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model import IDM, BlockCompressedSensing, LinearOperator, OperatorError, check_operator
 from model.idm import INVERTIBLE, SamplingStep
-from model.operators import dagger
+from model.operators import OPERATORS, dagger
 from model.operators.pseudo_inverse import Way, way_of
 
 SHAPE = (3, 4)  # of the images of the dense operators
@@ -227,7 +227,7 @@ def test_the_sampling_step_is_the_proximal_step():
         net.log_damping.copy_(torch.tensor([1.0, 2.0]))
     sigma = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     x = torch.randn(3, 1, 4, 4, dtype=torch.float64)
-    damping = net._damping(sigma, x)
+    damping = net._damping(net._noise_level(sigma, 3))
     for m in (matrix(10, 10, 16), torch.linalg.qr(matrix(16, 10, 16))[0][:, :10].T):
         operator = Dense(m, (4, 4))
         y = torch.randn(3, 10, dtype=torch.float64)
@@ -280,3 +280,55 @@ def test_gradients_with_an_operator_that_is_not_tight(learned: bool, ways: tuple
 def test_impossible_noise_levels(level):
     with pytest.raises(ValueError, match="noise_level must be at least 0, one number or one of each of the 2 images"):
         IDM((32, 64), 1)(torch.zeros(2, 5), Dense(torch.eye(64)[:5], (8, 8)), level)
+
+
+def test_the_start_with_noise_of_an_operator_that_is_not_tight():
+    """A⁺ would enlarge noise; what the chain starts from is Aᵀ(A Aᵀ + σ²I)⁻¹y, and A⁺y of an operator that is tight."""
+    torch.manual_seed(0)
+    net, x = IDM((32, 64), 1).double().eval(), []
+    net.unet.register_forward_pre_hook(lambda module, args: x.append(args[1]))
+    sigma, y = torch.tensor([0.0, 0.3], dtype=torch.float64), torch.randn(2, 10, dtype=torch.float64)
+    orthonormal = torch.linalg.qr(matrix(64, 10, 64))[0][:, :10].T
+    for m, lam in ((matrix(10, 10, 64), sigma**2), (orthonormal, 0 * sigma)):
+        operator = Dense(m, (8, 8))
+        operator.tight = bool(lam.sum() == 0)
+        with torch.no_grad():
+            net(y, operator, sigma)
+        torch.testing.assert_close(x.pop().flatten(1), dense_solution(m, y, lam))
+
+
+# --- images of two channels -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["mri", "multicoil_mri", "inpainting"])
+def test_complex_images_through_the_whole_network(name: str):
+    """Gradients of every way to run in reverse against plain autograd in float64."""
+    torch.manual_seed(0)
+    settings = {} if name == "inpainting" else {"complex_images": True, "acceleration": 2.0}
+    operator = OPERATORS[name].random((8, 8), torch.Generator().manual_seed(0), **settings).double()
+    net = IDM((32, 64), 1, in_channels=2).double()
+    assert IDM.from_config(net.config).config.in_channels == 2
+    y, inputs, found = operator.A(torch.randn(2, 2, 8, 8, dtype=torch.float64)), list(net.parameters()), {}
+    for net.invertible in {"none", "both"}:
+        x_hat = net(y, operator, 0.1)
+        assert x_hat.shape == (2, 2, 8, 8)
+        found[net.invertible] = torch.autograd.grad(x_hat.abs().mean(), inputs)
+    assert all((a - b).norm() <= 1e-8 * b.norm() + 1e-14 for a, b in zip(*found.values(), strict=True))
+    with torch.no_grad():
+        net.steps[0].v.zero_()  # the result is x₀, which agrees with y
+        assert (operator.A(net(y, operator)) - y).norm() <= 1e-2 * y.norm()
+
+
+def test_a_network_for_another_number_of_channels_says_so():
+    operator = OPERATORS["mri"].random((8, 8), torch.Generator().manual_seed(0), complex_images=True)
+    with pytest.raises(ValueError, match="images of 2 channels, but the network is for 1: see .* in_channels"):
+        IDM((32, 64), 1)(torch.zeros(1, 2, 8, 8), operator)
+    net = IDM((32, 64), 1, in_channels=2)
+    assert not net.fits_official_format
+    with pytest.raises(ValueError, match="in_channels 1, not 2; use save_pretrained"):
+        net.official_state_dict()
+    with pytest.raises(ValueError, match="in_channels must be at least 1, not 0"):
+        IDM((32, 64), 1, in_channels=0)
+    compact, y = IDM.compact(32, 1, in_channels=2), torch.randn(1, 2, 16, 16)
+    operator = OPERATORS["inpainting"].random((16, 16), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(compact(operator.A(y), operator), operator.A(y), rtol=0.05, atol=0.05)
