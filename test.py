@@ -2,7 +2,7 @@
 
     python test.py --cs_ratio 0.1/0.3/0.5 --testset_name Set11,CBSD68
     python test.py --operator inpainting --operator_settings keep=0.5 --noise 0.02
-    python test.py --method ddnm --weights weight/ddpm --sampling_steps 100
+    python test.py --method ddnm --weights google/ddpm-celebahq-256 --sampling_steps 100
     python -m torch.distributed.run --nproc_per_node 4 test.py --cs_ratio 0.1
 
 Of every picture x, `utils.evaluation.evaluate.reconstruct` measures y = operator.A(x), and the network recovers

@@ -10,12 +10,10 @@ from baselines.ddnm import Sampling
 from utils.devices import memory_suffices
 from utils.errors import UserError
 from utils.measurement import Measurement
-from utils.weights import BESIDE
 
 if TYPE_CHECKING:
     from baselines.ddpm import DDNM
 
-SHIPPED = BESIDE / "ddpm"
 SETTINGS = {"sampling_steps": "steps", "eta": "eta", "travel_length": "travel_length",
             "travel_repeat": "travel_repeat"}  # flag: name in `Sampling`
 OF_IDM = ("model_dir", "epoch", "compile", "attention_window")
@@ -57,7 +55,10 @@ class DdnmFlags:
             sampling = Sampling(**given)
         except ValueError as error:
             raise UserError(f"--method ddnm: {error}") from error
-        return cls(args.weights or SHIPPED, sampling, args.seed)
+        if args.weights is None:
+            raise UserError("--method ddnm needs --weights: a folder or a hub id of a DDPM pipeline of diffusers, such "
+                            "as python -m baselines.train writes")
+        return cls(args.weights, sampling, args.seed)
 
     def find(self, measurement: Measurement) -> Path:
         """Return what to load: one DDPM serves all measurements."""

@@ -77,6 +77,14 @@ def test_results_are_the_samplers_and_compare_reads_them(monkeypatch, place, cap
     assert psnr(place / "compared" / "set" / "25" / "scores.csv") == pytest.approx(scores, abs=0.01)  # of 8 bits
 
 
+def test_weights_must_be_named(monkeypatch, place, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["test.py", "--method", "ddnm", "--testset_name", "set"])
+    with pytest.raises(SystemExit) as ended:
+        run(script.main, script.WeightsError)
+    assert ended.value.code == 2 and "--method ddnm needs --weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--eta", "1.5"], "eta must lie in [0, 1], not 1.5"),
     (["--sampling_steps", "0"], "steps must be at least 1, not 0"),
