@@ -193,25 +193,22 @@ def result_folder(args: argparse.Namespace, testset: str, ratio: float) -> Path:
 
 def choose(args: argparse.Namespace, testsets: dict[str, list[Picture]]) -> dict[str, list[int]]:
     """Return the indices of --pictures in each test set, where their case may differ; for them, --region is checked."""
-    chosen = {testset: [] for testset in testsets}
-    for name in args.pictures:
-        for testset, pictures in testsets.items():
-            chosen[testset] += [k for k, own in enumerate(pictures) if own.name == name] or [
-                k for k, own in enumerate(pictures) if own.name.casefold() == name.casefold()][:1]
-        if not any(pictures[k].name.casefold() == name.casefold() for testset, pictures in testsets.items()
-                   for k in chosen[testset]):
-            raise UserError(f"--pictures: {', '.join(testsets)} has no picture {name}; it has " + listed(
-                [picture.name for pictures in testsets.values() for picture in pictures], 20))
-    if args.region is not None and not args.pictures:
+    wanted = list(dict.fromkeys(name.casefold() for name in args.pictures))
+    chosen = {testset: [k for name in wanted for k, picture in enumerate(pictures) if picture.name.casefold() == name]
+              for testset, pictures in testsets.items()}
+    names = [picture.name for pictures in testsets.values() for picture in pictures]
+    if missing := [name for name in args.pictures if name.casefold() not in map(str.casefold, names)]:
+        raise UserError(f"--pictures: {', '.join(testsets)} has no picture {missing[0]}; it has {listed(names, 20)}")
+    if args.region is not None and not wanted:
         raise UserError("--region says what figures enlarge: name the pictures to draw with --pictures")
-    if args.pictures:
+    if wanted:
         try:  # now, for it takes a second, and before any work is done
             from utils.comparison.figures import check_region
         except ImportError as error:
             raise UserError("--pictures needs matplotlib; install it with pip install -r requirements.txt") from error
         if args.region is not None:
-            check_region(args.region, [pictures[k] for testset, pictures in testsets.items() for k in chosen[testset]])
-    return {testset: list(dict.fromkeys(indices)) for testset, indices in chosen.items()}
+            check_region(args.region, [testsets[testset][k] for testset, found in chosen.items() for k in found])
+    return chosen
 
 
 def parse_arguments() -> argparse.Namespace:

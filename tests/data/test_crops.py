@@ -51,14 +51,6 @@ def test_every_crop_is_a_window_of_one_picture(folder, cache_dir):
     assert len(found) > 50
 
 
-def test_luminance_is_that_of_the_rec_601_formula(tmp_path):
-    colour = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    cv2.imwrite(str(tmp_path / "colour.png"), colour)
-    blue, green, red = colour.astype(float).transpose(2, 0, 1)
-    expected = 0.299 * red + 0.587 * green + 0.114 * blue
-    assert np.abs(TrainingCrops(tmp_path, 20)[0][0].numpy() - expected).max() <= 0.51
-
-
 def test_a_crop_depends_on_seed_and_number_alone(folder, cache_dir):
     crops = TrainingCrops(folder, 16, seed=3, cache_dir=cache_dir)
     whole = torch.cat(list(DataLoader(crops, 4, sampler=range(24))))
@@ -99,11 +91,6 @@ def test_of_many_unreadable_pictures_ten_are_named(folder, cache_dir):
     assert TrainingCrops(folder, 1, cache_dir=cache_dir).notice == (
         "left out of 18 pictures: 14 that cannot be read ('bell\\x07\\n\\udcff.png', broken.jpg, u00.png, u01.png, "
         "u02.png, u03.png, u04.png, u05.png, u06.png, u07.png and 4 more)")
-
-
-def test_a_crop_may_be_the_whole_picture(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.png"), coded(16, 16, 0))
-    assert np.array_equal(TrainingCrops(tmp_path, 16)[5][0].numpy(), coded(16, 16, 0))
 
 
 def test_nothing_of_use_is_the_users_mistake(folder, cache_dir):

@@ -12,7 +12,14 @@ import tifffile
 import torch
 from PIL import Image
 
-from utils.data.images import list_pictures, pad_to_multiple, read_picture, remove_former, write_reconstruction
+from utils.data.images import (
+    find_pictures,
+    list_pictures,
+    pad_to_multiple,
+    read_picture,
+    remove_former,
+    write_reconstruction,
+)
 from utils.errors import UserError
 
 
@@ -198,6 +205,29 @@ def test_pictures_are_listed_by_suffix_and_sorted(tmp_path):
     assert [path.name for path in list_pictures(tmp_path)] == ["a.tif", "b.PNG", "c.JpEg"]
     with pytest.raises(UserError, match="nowhere"):
         list_pictures(tmp_path / "nowhere")
+
+
+def test_linked_folders_are_searched_but_not_in_circles(tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for name in ("pictures/b/deep/c.TIFF", "pictures/a.png", "pictures/a.txt", "elsewhere/z.png", "pictures/.x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "b" / "up").symlink_to(folder)
+    (folder / "gone.png").symlink_to("nowhere")
+    found = find_pictures(folder)
+    assert list(found) == ["a.png", "b/deep/c.TIFF", "link/z.png"] and found["a.png"][0] == len("pictures/a.png")
+    scandir = os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match="cannot search .*/b/deep for pictures .Permission denied"):
+        find_pictures(folder)
 
 
 def test_a_name_that_a_terminal_would_obey_is_refused(tmp_path):
