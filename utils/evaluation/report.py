@@ -22,7 +22,7 @@ def result_file(result: Result) -> str:
 def print_result(result: Result, label: str, metrics: Metrics) -> None:
     """Print a picture's line, and on stderr what is to be said of its scores."""
     name = printable(result.name)
-    tqdm.write(f"{label}/{name}  {shown(result.scores, metrics)}  {result.seconds:.2f} s")
+    tqdm.write(f"{printable(label)}/{name}  {shown(result.scores, metrics)}  {result.seconds:.2f} s")
     sys.stdout.flush()
     if math.isnan(result.psnr):
         tqdm.write(f"warning: the reconstruction of {name} is not finite", file=sys.stderr)
