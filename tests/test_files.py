@@ -178,9 +178,10 @@ def test_files_of_a_folder_are_as_readable_as_any_other(tmp_path):
 
 def test_what_windows_lacks_is_not_needed():
     code = ("import model, os, sys, torch, types; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
-            "del os.setsid\n"
+            "import signal; del os.setsid, signal.SIGUSR1, signal.SIGHUP\n"
             "import compare, train; import test as _; from utils.download import command\n"
-            "from utils.distributed import leave_process_group; leave_process_group(0)\n"
+            "from utils.distributed import leave_process_group, stop_on_signal; leave_process_group(0)\n"
+            "with stop_on_signal(): pass\n"
             "from utils.training.report import peak_memory; run = types.SimpleNamespace()\n"
             "run.process = types.SimpleNamespace(device=torch.device('cpu')); assert peak_memory(run) == 0")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -218,8 +218,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
     SIGHUP, of a terminal that is closed, stays ignored where `nohup` had it ignored.
     """
     asked = threading.Event()
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Windows has neither
         numbers.append(signal.SIGHUP)
     former = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
     try:
