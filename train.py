@@ -29,9 +29,9 @@ def train_step(
     for slot in run.slots:  # batches whose gradients are added up
         pixels, draw = next(batches).to(device, non_blocking=True), run.draw(slot)
         x = draw.turned(pixels)  # (batch, 1, P, P) in [0, 1], in one of eight orientations
-        y = draw.operator.A(x)
+        y, noise_level = draw.measure(x)  # y = A x + sigma n
         with computing_in(settings.precision, device), run.exchanging(slot):
-            x_hat = run.model(y, draw.operator)
+            x_hat = run.model(y, draw.operator, noise_level=noise_level, steps=draw.steps)
         loss = LOSSES[settings.loss](x_hat.float(), x)
         finite = 1 + 0 * loss.detach()  # 1, or nan: a loss that is not finite shows in the gradients of all processes
         run.scaler.scale(finite * loss / settings.accumulate).backward()

@@ -16,7 +16,7 @@ from train import update
 from utils import distributed, errors
 from utils.devices import computing_in
 from utils.files import write_folder_atomic
-from utils.flags import whole
+from utils.flags import integer
 from utils.training.draws import Draw
 from utils.training.loop import train
 from utils.training.run import Run
@@ -27,7 +27,7 @@ from utils.training.state import seed_all
 
 def widths(text: str) -> tuple[int, ...]:
     """The type of --widths: 16,32,64,128."""
-    values = tuple(whole(1)(part.strip()) for part in text.split(","))
+    values = tuple(integer(1)(part.strip()) for part in text.split(","))
     if any(value % NORM_GROUPS for value in values):
         raise argparse.ArgumentTypeError(f"must be multiples of {NORM_GROUPS}, as 16,32,64,128, not {text}")
     return values
@@ -39,7 +39,8 @@ class DdpmSettings(Settings):
 
     without: ClassVar[frozenset[str]] = frozenset({
         "step_number", "cs_ratio", "block_size", "loss", "base_model", "width", "shuffle", "invertible", "compile",
-        "testset_name"})
+        "testset_name", "operator", "operator_settings", "noise", "random_steps", "coupling", "schedule",
+        "schedule_settings", "attention", "attention_window"})
 
     epoch: int = other_default("epoch", 4)
     learning_rate: float = other_default("learning_rate", 1e-3)
@@ -75,7 +76,7 @@ def train_step(
     for slot in run.slots:  # batches whose gradients are added up
         pixels = next(batches).to(device, non_blocking=True)
         generator = torch.Generator().manual_seed(distributed.seed_of(settings.seed, run.iterations_of_weights, slot))
-        x = Draw(symmetry=int(torch.randint(8, (), generator=generator)), operator=None).turned(pixels)
+        x = Draw(symmetry=int(torch.randint(8, (), generator=generator))).turned(pixels)
         with computing_in(settings.precision, device), run.exchanging(slot):
             loss = noise_loss(run.model, scheduler, x, generator)
         finite = 1 + 0 * loss.detach()  # 1, or nan: a loss that is not finite shows in the gradients of all processes

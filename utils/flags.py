@@ -23,7 +23,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Tells a flag's default where it is a value; of others the help itself says what holds without them."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default is False or action.default in (None, [])
+        silent = action.default is False or action.default in (None, [], ())
         return action.help if silent else super()._get_help_string(action)
 
 
@@ -51,10 +51,8 @@ def positive(text: str) -> float:
 
 def several(choices: Iterable[str]) -> Callable[[str], list[str]]:
     """The type of a flag whose value is one of some names or several of them, as lpips,fid."""
-    known = list(choices)
-
     def parse(text: str) -> list[str]:
-        values = [part.strip().lower() for part in re.split("[/,]", text)]
+        values, known = [part.strip().lower() for part in re.split("[/,]", text)], list(choices)
         if not all(value in known for value in values):
             raise argparse.ArgumentTypeError(f"must be one or several of {', '.join(known)}, not {text}")
         return list(dict.fromkeys(values))

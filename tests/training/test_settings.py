@@ -1,12 +1,16 @@
 """What a run draws ratios from, which it tests and what its folder is called; with what settings it may go on."""
 import argparse
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.operators import OPERATORS
+from tests.training.test_step import Toy
 from utils.errors import UserError
-from utils.training.settings import Ratios, Settings, check_configuration, training_ratios
+from utils.training.flags import Ratios, training_ratios
+from utils.training.settings import Settings, check_configuration
 
 
 def test_ratios_are_a_number_several_or_a_range():
@@ -35,6 +39,25 @@ def test_names_and_tests_of_a_range_are_not_those_of_its_ends():
                                ("0.2-0.25", "R_0.20to0.25_T_3_B_32", [0.2, 0.25])]:
         assert training_ratios(text).run_name(3, 32) == name
         assert training_ratios(text).to_test == tested
+
+
+@pytest.mark.parametrize(("flags", "name"), [
+    ({"noise": (0.0, 0.05)}, "R_0.10_T_3_B_32_noise_0-0.05"),
+    ({"cs_ratio": Ratios((0.1, 0.5), is_range=True), "step_number": 2}, "R_0.10to0.50_T_2_B_32"),
+    ({"operator": ("cs", "none")}, "there is no operator none"),
+    ({"operator_settings": ("keep=0.5",)}, "--operator_settings of cs takes no keep=0.5"),
+    ({"operator": ("cs", "toy"), "operator_settings": ("scale=2",)}, "must say which: cs.KEY=VALUE, not scale=2"),
+    ({"operator": ("toy",), "cs_ratio": Ratios((0.3,))}, "--cs_ratio does not apply to the operator toy"),
+    ({"operator": ("toy",), "block_size": 16}, "--block_size does not apply to the operator toy"),
+    ({"operator": ("toy",)}, "toy_scale_2_T_3"),
+])
+def test_operators_and_noise_are_in_the_runs_name_or_refused(monkeypatch, flags, name):
+    monkeypatch.setitem(OPERATORS, "toy", Toy)
+    if " " not in name:
+        assert Settings(**flags).completed().name == name
+        return
+    with pytest.raises(UserError, match=re.escape(name)):
+        Settings(**flags).completed()
 
 
 def test_a_run_goes_on_only_with_the_settings_that_decide_its_weights():

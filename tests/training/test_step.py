@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import train
-from model.operators import random_sampling_matrix
+from model.operators import OPERATORS, LinearOperator, random_sampling_matrix
 from utils.distributed import Process
 from utils.training.draws import Draw, Draws, matrix_seed
+from utils.training.flags import training_ratios
 from utils.training.learning_rate import learning_rate
 from utils.training.loop import give_up_if_nothing_is_finite
 from utils.training.run import Run
-from utils.training.settings import TEST_SEED, Settings, training_ratios
+from utils.training.settings import TEST_SEED, Settings
 from utils.training.state import Progress
 
 SIDE = 8  # of crops
@@ -29,6 +30,23 @@ RECORDED = [
 ]
 
 
+class Toy(LinearOperator):
+    """y = scale · x."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    @classmethod
+    def random(cls, image_shape: tuple[int, int], generator: torch.Generator, scale: float = 2.0) -> "Toy":
+        return cls(scale)
+
+    def A(self, x):
+        return self.scale * x
+
+    A_adjoint = A
+
+
 class Constant(torch.nn.Module):
     """A network of one number, with which it answers."""
 
@@ -36,7 +54,8 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.3))
 
-    def forward(self, y, operator):
+    def forward(self, y, operator, noise_level=None, steps=None):
+        self.told = y, operator, noise_level, steps
         return self.weight.expand(len(y), 1, SIDE, SIDE)
 
 
@@ -105,6 +124,34 @@ def test_a_step_moves_the_weights_against_the_gradient_of_the_loss_of_all_batche
     assert float(found) == pytest.approx(expected, rel=1e-5) and float(norm) == pytest.approx(abs(slope), rel=1e-4)
     assert float(run.net.weight.detach()) == pytest.approx(0.3 - 1e-3 * slope, rel=1e-6)
     assert (run.progress.iteration, run.progress.crops) == (1, 4)
+
+
+def test_noise_is_added_to_the_measurements_and_told_to_the_network():
+    run, x = make_run(noise=(0.02, 0.06), cs_ratio=training_ratios("1"), batch_size=500), crops(500)
+    train.train_step(run, iter([x]))
+    y, operator, levels, steps = run.net.told
+    draw = run._draws.draw(0, 0)
+    noise = (y - operator.A(draw.turned(x))).flatten(1)
+    assert levels.shape == (500,) and steps is None and 0.02 <= levels.min() < 0.021 and 0.059 < levels.max() <= 0.06
+    scaled = noise / levels[:, None]  # 32,000 standard normal numbers
+    assert abs(float(scaled.mean())) < 0.03 and float(scaled.std()) == pytest.approx(1, abs=0.02)
+    assert float((noise.std(1) / levels).mean()) == pytest.approx(1, abs=0.02)  # each crop has its own level
+    again, _ = run._draws.draw(0, 0).measure(draw.turned(x))
+    assert torch.equal(y, again)
+    quiet = make_run()
+    train.train_step(quiet, iter([crops(2)]))
+    assert quiet.net.told[2:] == (None, None)
+
+
+def test_the_number_of_steps_and_the_operator_are_drawn_for_each_batch(monkeypatch):
+    monkeypatch.setitem(OPERATORS, "toy", Toy)
+    settings = make_run(random_steps=True, operator=("cs", "toy"), operator_settings=("toy.scale=3",)).settings
+    drawn = [Draws(settings, range(1), CPU).draw(iteration, 0) for iteration in range(300)]
+    counts = [[draw.steps for draw in drawn].count(steps) for steps in (1, 2, 3)]
+    assert sum(counts) == 300 and min(counts) > 70 and max(counts) < 130  # 100 each, give or take 8
+    toys = [draw.operator.scale for draw in drawn if isinstance(draw.operator, Toy)]
+    assert set(toys) == {3.0} and 110 < len(toys) < 190
+    assert settings.name == "R_0.10_T_3_B_4+toy_scale_3_T_3"
 
 
 def update(run: Run, gradient: float) -> float:

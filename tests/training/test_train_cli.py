@@ -318,11 +318,11 @@ def test_tests_that_a_kill_prevented_are_made_up_for(call, whole, monkeypatch, t
     """In the middle of a run and at its end; with the scores of a run that was not killed."""
     test, ends = report.test, {2, 4}
 
-    def killed(run, ratio, stop):
-        if run.progress.iteration in ends and ratio == 0.5:
+    def killed(run, measurement, stop):
+        if run.progress.iteration in ends and measurement.settings["cs_ratio"] == 0.5:
             ends.remove(run.progress.iteration)
             raise SystemExit
-        return test(run, ratio, stop)
+        return test(run, measurement, stop)
 
     monkeypatch.setattr(report, "test", killed)
     for _ in range(2):
@@ -475,6 +475,38 @@ def test_training_can_start_from_a_checkpoint(whole, tmp_path):
         assert same(start.build_run(settings, alone, None, None, start.build_idm).net.state_dict(), expected)
         with pytest.raises(UserError, match="use --step_number 2"):
             start.build_run(replace(settings, step_number=3), alone, None, None, start.build_idm)
+
+
+def test_the_networks_parts_and_what_is_drawn_are_kept_in_the_state_and_the_weights(call, tmp_path, capsys):
+    """Two halves of a run and the whole of it, with everything that is not as published."""
+    coupling, steps = ["--coupling", "additive"], ["--random_steps"]
+    more = ["--noise", "0-0.05", "--schedule", "dynamic", "--schedule_settings", "scale=10", "--attention", "first",
+            "--attention_window", "2", "--width", "32", "--shuffle", "2", "--epoch", "1", "--testset_name", "none"]
+    name = f"{NAME}_noise_0-0.05"
+    call(*more, *coupling, *steps, place=tmp_path / "whole")
+    call(*more, *coupling, *steps, "--max_iters", "1")
+    call(*more, *coupling, *steps)
+    whole, halves = (IDM.from_checkpoint(place / "weight" / name) for place in (tmp_path / "whole", tmp_path))
+    assert same(whole.state_dict(), halves.state_dict())
+    config = {"coupling": "additive", "schedule": "dynamic", "schedule_settings": {"scale": 10},
+              "attention": [True, False], "attention_window": 2}
+    assert {key: whole.config[key] for key in config} == config
+    torch.manual_seed(2025)
+    fresh = IDM.compact(32, 2, 2, coupling="additive", schedule="dynamic", schedule_settings={"scale": 10},
+                        attention=(True, False)).state_dict()
+    assert not any(torch.equal(whole.state_dict()[key], fresh[key]) for key in ("log_damping", "schedule.gamma"))
+    for flags, sentence in (
+            ([*more, *steps], "coupling was additive, is None"),
+            ([*more, *coupling], "random_steps was True, is False"),
+            ([*more, *coupling, *steps, "--base_model", str(tmp_path / "weight" / name), "--coupling", "weighted",
+              "--model_dir", str(tmp_path)], "has coupling additive; leave out --coupling"),
+            ([*coupling, "--width", "32"], "--width 32 --shuffle 4 makes no network: an injector of width 32"),
+            (["--schedule_settings", "scale"], "must be key=number, not scale"),
+            (["--schedule_settings", "tail=1"], "'learned' cannot have the settings {'tail': 1}")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            call(*flags)
+        assert ended.value.code == 2 and sentence in capsys.readouterr().err, sentence
 
 
 def test_without_flags_all_is_as_published(monkeypatch):

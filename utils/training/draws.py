@@ -1,5 +1,4 @@
-"""What is drawn for each batch of training: how its crops are turned, and the operator that measures them."""
-from collections.abc import Mapping
+"""What is drawn for each batch of training: how its crops are turned, and what measures them."""
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,19 @@ class Draw:
     """What one batch is trained with."""
 
     symmetry: int  # of the eight flips and rotations of a square
-    operator: nn.Module  # A, the same for all crops of the batch
+    operator: nn.Module | None = None  # A, the same for all crops of the batch
+    measurement: Measurement | None = None  # of which the operator was drawn
+    generator: torch.Generator | None = None  # of the noise
+    steps: int | None = None  # of the sampling chain, 1 to T; None: all
 
     def turned(self, pixels: Tensor) -> Tensor:
         """Return crops (batch, 1, P, P) uint8 as float32 in [0, 1], all turned alike."""
         x = (pixels.float() / 255).rot90(self.symmetry % 4, (2, 3))
         return x.flip(3) if self.symmetry >= 4 else x
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return y = A x + σ n and σ (batch,), drawn for each crop; A x and None where there is no noise."""
+        return self.measurement.add_noise(self.operator.A(x), [self.generator] * len(x))
 
 
 class Draws:
@@ -37,18 +43,28 @@ class Draws:
     """
 
     def __init__(self, settings: Settings, slots: range, device: torch.device):
-        self.settings = settings
-        self.measurement = Measurement("cs", {"cs_ratio": max(settings.cs_ratio.values),
-                                              "block_size": settings.block_size})
-        self.shared: Mapping[int, dict[str, Any]] = {
-            slot: self.measurement.shared(device, seed=matrix_seed(settings.seed, slot)) for slot in slots}
+        self.settings, self.device = settings, device
+        measured = settings.measured(settings.cs_ratio.values[-1:])
+        self.measured: dict[int, list[tuple[Measurement, dict[str, Any]]]] = {
+            slot: [(each, each.shared(device, seed=matrix_seed(settings.seed, slot))) for each in measured]
+            for slot in slots}
 
     def draw(self, iteration: int, slot: int) -> Draw:
-        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, iteration, slot))
-        measurement = self.measurement.with_settings(cs_ratio=self.settings.cs_ratio.draw(generator))
-        symmetry = int(torch.randint(8, (), generator=generator))
-        side = self.settings.patch_size
-        return Draw(symmetry, measurement.draw((side, side), generator, self.shared[slot]))
+        """Draw what a batch is trained with. The order of the draws is part of what a run repeats."""
+        settings, side = self.settings, self.settings.patch_size
+        generator = torch.Generator().manual_seed(seed_of(settings.seed, iteration, slot))
+        choices = self.measured[slot]
+        measurement, shared = choices[_below(len(choices), generator) if len(choices) > 1 else 0]
+        if "cs_ratio" in measurement.settings:
+            measurement = measurement.with_settings(cs_ratio=settings.cs_ratio.draw(generator))
+        symmetry = _below(8, generator)
+        operator = measurement.draw((side, side), generator, shared).to(self.device)
+        steps = 1 + _below(settings.step_number, generator) if settings.random_steps else None
+        return Draw(symmetry, operator, measurement, generator, steps)
+
+
+def _below(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator))
 
 
 def matrix_seed(seed: int, slot: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from model.operators import dagger
 from utils.data.images import in_8_bits
 from utils.data.testsets import Picture
 from utils.errors import UserError
@@ -20,7 +21,6 @@ from utils.evaluation.protocol import Protocol
 from utils.measurement import Measurement
 from utils.training.learning_rate import learning_rate
 from utils.training.run import Run
-from utils.training.settings import TEST_SEED
 
 POINTS = 50  # of TensorBoard's curves in an epoch
 SCALARS = 16  # numbers of a parameter that the record holds
@@ -49,7 +49,7 @@ def opening(run: Run, notes: list[str]) -> str:
         ("", f"learning rate {settings.learning_rate:g} ({settings.lr_schedule}{warm_up}), seed {settings.seed}"),
         ("machine", f"{process.world_size} process(es) on {device}, {settings.precision}, {', '.join(extras)}"),
         ("tests", f"{len(run.testset)} picture(s) of {settings.testset_name} after each epoch, at "
-                  f"{' / '.join(f'{ratio:g}' for ratio in settings.cs_ratio.to_test)}" if run.testset else "none"),
+                  f"{' / '.join(map(title, settings.tested()))}" if run.testset else "none"),
         ("files", f"{settings.folder}, {settings.log_dir / settings.name}.txt; from {start}"),
         *(("note", note) for note in notes if note),
     ]
@@ -135,8 +135,8 @@ def test_and_log(run: Run, record: dict[str, Any] | None, stop: threading.Event)
         return True
     run.report(summary(run, record))
     record["tests"] = {}
-    for ratio in run.settings.cs_ratio.to_test if run.testset else []:
-        record["tests"][f"{ratio:g}"] = test(run, ratio, stop)
+    for measurement in run.settings.tested() if run.testset else []:
+        record["tests"][title(measurement)] = test(run, measurement, stop)
         if any(run.process.all_gather(stop.is_set())):
             return False
     if run.log:
@@ -157,21 +157,25 @@ def curves(run: Run, record: dict[str, Any]) -> dict[str, float]:
     return points | {f"v/{name.removesuffix('.v')}": value for name, value in record["v"].items()}
 
 
-def test(run: Run, ratio: float, stop: threading.Event) -> dict[str, float]:
+def title(measurement: Measurement) -> str:
+    """What a measurement is called in the logs: by its ratio, or by its operator's name and settings."""
+    return f"{measurement.settings['cs_ratio']:g}" if measurement.operator == "cs" else measurement.name
+
+
+def test(run: Run, measurement: Measurement, stop: threading.Event) -> dict[str, float]:
     """Average scores of the network as it is, and a few pictures for TensorBoard; every rank must call it.
 
     Returns nothing, and says why, where the test fails: that does not end a training run.
     """
     settings, net, iteration = run.settings, run.best, run.progress.iteration
     epoch = math.ceil(iteration / settings.iters_per_epoch)
-    label = f"[{epoch:02d}/{settings.epoch}] {settings.testset_name}, ratio {ratio:g}"
-    measurement = Measurement("cs", {"cs_ratio": ratio, "block_size": settings.block_size}, TEST_SEED)
-    protocol = Protocol(measurement, settings.precision)
-    strips = {}
+    name = "ratio " * (measurement.operator == "cs") + title(measurement)
+    label = f"[{epoch:02d}/{settings.epoch}] {settings.testset_name}, {name}"
+    protocol, strips = Protocol(measurement, settings.precision), {}
 
     def each(picture: Picture, result: Result) -> None:
         if picture in run.testset[:STRIPS]:
-            (back,) = evaluate(lambda y, operator: operator.A_adjoint(y), [picture], protocol)
+            (back,) = evaluate(lambda y, operator: dagger(operator, y), [picture], protocol)
             strips[picture.name] = in_8_bits(np.hstack([back.reconstruction, result.reconstruction,
                                                         picture.luminance]))
 
@@ -188,7 +192,7 @@ def test(run: Run, ratio: float, stop: threading.Event) -> dict[str, float]:
     scores = mean_scores(results)
     run.report(f"{label}: PSNR {scores.psnr:.2f} dB, SSIM {scores.ssim:.4f}")
     for name, strip in ((name, strip) for part in run.process.gather(strips) for name, strip in part.items()):
-        run.log.picture(iteration, f"back-projection, reconstruction, truth at {ratio:g}/{name}", strip)
+        run.log.picture(iteration, f"back-projection, reconstruction, truth at {title(measurement)}/{name}", strip)
     return {"psnr": scores.psnr, "ssim": scores.ssim}
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from model import IDM, WeightsError, checkpoint
+from model.operators import OperatorError, check_operator
+from model.settings import for_both
 from model.weight_files import read_config
 from utils import files
 from utils.data.crops import NAMED, TrainingCrops
@@ -60,6 +62,7 @@ def open_run(settings: Settings, process: Process, build: Builder | None = None,
     elif settings.decay_from:
         state, more = state_to_decay(settings, process)
         notes += more
+    check_operators(settings)
     run = build_run(settings, process, crops, state, build or build_idm)
     run.testset, run.lock = testset, lock
     if process.is_main:
@@ -236,24 +239,56 @@ def build_idm(settings: Settings, process: Process, config: dict[str, Any] | Non
     if (steps := net.config.num_steps) != settings.step_number:
         source = settings.decay_from or settings.base_model
         raise UserError(f"{source} takes {steps} steps; use --step_number {steps}")
-    if settings.patch_size % (multiple := math.lcm(settings.block_size, net.size_multiple)):
-        raise UserError(f"--patch_size must be a multiple of {multiple} here, not {settings.patch_size}")
+    check_fits(net, settings)
+    if settings.attention_window:
+        net.attention_window = settings.attention_window
     net.invertible = settings.invertible
     return net
+
+
+def check_operators(settings: Settings) -> None:
+    """Raise UserError where an operator contradicts itself; that of compressed sensing is known not to."""
+    side = settings.patch_size
+    for measurement in settings.measured(settings.cs_ratio.values[-1:]):
+        if measurement.operator == "cs":
+            continue
+        operator = measurement.draw((side, side), torch.Generator().manual_seed(settings.seed))
+        try:
+            check_operator(operator, (side, side))
+        except OperatorError as error:
+            raise UserError(f"the operator {measurement.operator} contradicts itself: {error}") from error
+
+
+def check_fits(net: IDM, settings: Settings) -> None:
+    """Raise UserError where the network is not what the settings say, or does not take crops of their size."""
+    config = {**net.config, "attention": for_both(net.config.attention, "attention")}
+    for name, value in settings.network().items():
+        if config[name] != value:
+            raise UserError(f"the network of {settings.decay_from or settings.base_model} has {name} {config[name]}; "
+                            f"leave out --{name}")
+    measured = settings.measured(settings.cs_ratio.values)
+    multiple = math.lcm(net.size_multiple, *(each.side_multiple for each in measured))
+    if settings.patch_size % multiple:
+        raise UserError(f"--patch_size must be a multiple of {multiple} here, not {settings.patch_size}")
 
 
 def build_network(settings: Settings, process: Process) -> IDM:
     """The network before training; all ranks get the same."""
     seed_all(settings.seed)
     source, steps, width, shuffle = settings.base_model, settings.step_number, settings.width, settings.shuffle
-    if source == "compact":
-        try:
+    try:
+        if source == "compact":
             with memory_suffices(f"for a network of --width {width}"):
-                return IDM.compact(width, steps, shuffle)
-        except ValueError as error:
-            raise UserError(f"--width {width} --shuffle {shuffle} make no network: {error}") from error
-    with process.main_first():
-        return IDM.from_checkpoint(source) if holds_idm(Path(source)) else IDM.from_unet(source, num_steps=steps)
+                return IDM.compact(width, steps, shuffle, **settings.network())
+        with process.main_first():
+            if holds_idm(Path(source)):
+                return IDM.from_checkpoint(source)
+            return IDM.from_unet(source, num_steps=steps, **settings.network())
+    except WeightsError:
+        raise
+    except ValueError as error:
+        size = f"--width {width} --shuffle {shuffle}" if source == "compact" else source
+        raise UserError(f"{size} makes no network: {error}") from error
 
 
 def holds_idm(path: Path) -> bool:
