@@ -3,14 +3,17 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
 from .base import LinearOperator
 from .least_squares import per_image
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 FLOOR = 1e-6  # λ of the factor of A Aᵀ + λI
 FACTORED = 12_000  # rays: of so many A Aᵀ is factored, which takes memory of their square; of more CG is used
@@ -126,8 +129,10 @@ def _silence_beta() -> None:
 
 
 @lru_cache(maxsize=2)
-def radon_matrix(image_shape: tuple[int, int], angles: int) -> scipy.sparse.csr_matrix:
+def radon_matrix(image_shape: tuple[int, int], angles: int) -> "scipy.sparse.csr_matrix":
     """s R, (angles · detectors, H·W), float64: turn the image about its middle, bilinearly, and sum its columns."""
+    from scipy.sparse import vstack  # slow to import, and only CT needs it
+
     side, before = zip(*(_padded(length, max(image_shape)) for length in image_shape), strict=True)
     center, views = side[0] // 2, []
     rows, columns = np.mgrid[:side[0], :side[0]] - center
@@ -135,7 +140,7 @@ def radon_matrix(image_shape: tuple[int, int], angles: int) -> scipy.sparse.csr_
         x = np.cos(angle) * columns + np.sin(angle) * rows + center - before[1]
         y = np.cos(angle) * rows - np.sin(angle) * columns + center - before[0]
         views.append(_bilinear(x, y, columns + center, (side[0], *image_shape)))
-    return (scipy.sparse.vstack(views) / math.sqrt(angles * max(image_shape))).tocsr()
+    return (vstack(views) / math.sqrt(angles * max(image_shape))).tocsr()
 
 
 def _padded(length: int, longest: int) -> tuple[int, int]:
@@ -145,8 +150,10 @@ def _padded(length: int, longest: int) -> tuple[int, int]:
 
 
 def _bilinear(x: np.ndarray, y: np.ndarray, detector: np.ndarray,
-              shape: tuple[int, int, int]) -> scipy.sparse.coo_matrix:
+              shape: tuple[int, int, int]) -> "scipy.sparse.coo_matrix":
     """Add to a detector the image at (x, y), for all three arrays' elements; shape is (detectors, H, W)."""
+    from scipy.sparse import coo_matrix
+
     detectors, height, width = shape
     parts = []
     for row in (np.floor(y), np.floor(y) + 1):
@@ -156,7 +163,7 @@ def _bilinear(x: np.ndarray, y: np.ndarray, detector: np.ndarray,
             pixel = row[inside].astype(np.int64) * width + column[inside].astype(np.int64)
             parts.append((weight[inside], detector[inside], pixel))
     weights, rows, pixels = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return scipy.sparse.coo_matrix((weights, (rows, pixels)), shape=(detectors, height * width))
+    return coo_matrix((weights, (rows, pixels)), shape=(detectors, height * width))
 
 
 @lru_cache(maxsize=2)
