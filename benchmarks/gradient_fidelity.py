@@ -154,7 +154,8 @@ def chain(args: argparse.Namespace, setting: Setting) -> list[Row]:
         inputs = {name: torch.randn(1, width, side, side, device=args.device, requires_grad=True)
                   for name, width in zip(("x1", "x2", "skip 1", "skip 2"), (channels, channels, *skips), strict=True)}
         probes = [torch.randn(1, channels, side, side, device=args.device) for _ in range(2)]
-        injection = (setting.operator.A_adjoint(setting.operator.A(setting.x[:1])), setting.operator, 1)
+        back_projection = setting.operator.A_adjoint(setting.operator.A(setting.x[:1]))
+        injection = (torch.nn.functional.pixel_unshuffle(back_projection, factor), setting.operator, 1)
         attention = [injection, (), injection]
         contexts = [*attention, (inputs["skip 1"],), *attention, (inputs["skip 2"],), *attention]
         leaves = inputs | dict(engine.named_parameters())

@@ -14,7 +14,8 @@ class Geglu(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.proj(x).chunk(2, dim=-1)
+        weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        a, b = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # each in one piece
         return a * F.gelu(b)
 
 

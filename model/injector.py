@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 class Injector(nn.Module):
     """features + unlift([z, A⁺A z, A⁺y]), where z = lift(features) is an image.
 
-    For each sampling step t it has two 1×1 convolutions of its own.
+    For each sampling step t it has two 1×1 convolutions of its own, between features and images folded to their size by
+    PixelUnshuffle_r, where the paper has them between unfolded features and images: 1×1 convolutions take pixels in any
+    order, and one image is sooner unfolded than all features.
 
     Args:
         channels: nf, width of the features; a multiple of factor².
@@ -36,15 +38,20 @@ class Injector(nn.Module):
         self.unlift = nn.ModuleList(FullPrecisionConv2d(seen, folded, kernel_size=1) for _ in range(num_steps))
 
     def reads(self, inputs: "Inputs") -> tuple[Tensor, LinearOperator, int]:
-        return inputs.back_projection, inputs.operator, inputs.step
+        return inputs.folded(self.factor), inputs.operator, inputs.step
 
     def forward(
         self,
         features: Tensor,  # (batch, channels, H/r, W/r)
-        back_projection: Tensor,  # A⁺y, (batch, in_channels, H, W)
+        back_projection: Tensor,  # A⁺y, folded: (batch, in_channels · r², H/r, W/r)
         operator: LinearOperator,
         step: int,  # t, from 1 to T
     ) -> Tensor:
-        z = self.lift[step - 1](F.pixel_shuffle(features, self.factor)).to(back_projection.dtype)
-        image = torch.cat((z, dagger(operator, operator.A(z)), back_projection), dim=1)
-        return features + F.pixel_unshuffle(self.unlift[step - 1](image), self.factor)
+        batch, _, height, width = features.shape
+        flat = self.factor**2 * height, width  # r² planes of the features' size one below the other
+        z = self.lift[step - 1](features.reshape(batch, -1, *flat)).to(back_projection.dtype)
+        z = z.view_as(back_projection)
+        image = F.pixel_shuffle(z, self.factor)
+        consistent = F.pixel_unshuffle(dagger(operator, operator.A(image)), self.factor)
+        images = torch.cat((z, consistent, back_projection), dim=1).view(batch, -1, *flat)
+        return features + self.unlift[step - 1](images).view_as(features)

@@ -48,8 +48,15 @@ class Inputs:
     back_projection: Tensor  # A⁺y, (batch, in_channels, H, W)
     operator: LinearOperator
     step: int  # t
-    skips: dict[str, Tensor]  # by the names above
+    skips: dict[str, Tensor] = field(default_factory=dict)  # by the names above
     reversal: Reversal = field(default_factory=Reversal)
+    _folded: dict[int, Tensor] = field(default_factory=dict)
+
+    def folded(self, factor: int) -> Tensor:
+        """The back-projection at the size of features: (batch, factor², H / factor, W / factor)."""
+        if factor not in self._folded:
+            self._folded[factor] = F.pixel_unshuffle(self.back_projection, factor)
+        return self._folded[factor]
 
 
 class Resnet(nn.Module):
@@ -236,7 +243,7 @@ class UNet(nn.Module):
         self.reversal = Reversal()
 
     def forward(self, x: Tensor, back_projection: Tensor, operator: LinearOperator, step: int) -> Tensor:
-        inputs = Inputs(back_projection, operator, step, {}, self.reversal)
+        inputs = Inputs(back_projection, operator, step, reversal=self.reversal)
         x = inputs.skips["conv_in"] = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x, inputs)

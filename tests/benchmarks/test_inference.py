@@ -55,12 +55,12 @@ def test_attention_runs_on_the_fused_kernel(monkeypatch):
 def test_the_feed_forward_in_parts_is_diffusers(monkeypatch, places, part):
     monkeypatch.setattr(feed_forward, "PART", part)
     torch.manual_seed(0)
-    whole, parts = diffusers_attention.FeedForward(16, activation_fn="geglu"), FeedForward(16)
+    whole, parts = diffusers_attention.FeedForward(16, activation_fn="geglu").double(), FeedForward(16).double()
     parts.load_state_dict(whole.state_dict())
-    x = torch.randn(3, places, 16)
-    assert torch.equal(parts(x), whole(x))  # with gradients, at once
+    x = torch.randn(3, places, 16, dtype=torch.float64)
+    assert torch.allclose(parts(x), whole(x), rtol=1e-13, atol=1e-14)  # with gradients, at once
     sizes = []
     parts.net[0].register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:-1].numel()))
     with torch.no_grad():
-        assert torch.allclose(parts(x), whole(x), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(parts(x), whole(x), rtol=1e-13, atol=1e-14)
     assert max(sizes) <= part and sum(sizes) == 3 * places

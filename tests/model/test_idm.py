@@ -92,7 +92,7 @@ def test_up_block_chain_inverts():
         chain = net.unet.up_blocks[1].chain
         torch.manual_seed(0)
         x1, x2, *skips = (torch.randn(2, 32, 32, 32, dtype=dtype) for _ in range(4))
-        injection = (operator.A_adjoint(golden.y.to(dtype)), operator, 1)
+        injection = (pixel_unshuffle(operator.A_adjoint(golden.y.to(dtype)), 2), operator, 1)
         attention = [injection, (), injection]
         contexts = [*attention, (skips[0],), *attention, (skips[1],), *attention]
         with torch.no_grad():
@@ -246,7 +246,7 @@ def test_injector_equals_its_definition():
     injector = Injector(channels=8, factor=2, num_steps=2)
     operator = BlockCompressedSensing.random((8, 8), 0.5, 4, torch.Generator().manual_seed(0))
     features, back_projection = torch.randn(1, 8, 4, 4), torch.randn(1, 1, 8, 8)
-    ours = injector(features, back_projection, operator, step=2)
+    ours = injector(features, pixel_unshuffle(back_projection, 2), operator, step=2)
     # Each pixel of the image is one place of the features and 2 of the 8 channels: c = 4 k + 2 (i mod 2) + (j mod 2).
     lift, unlift = injector.lift[1], injector.unlift[1]
     z = torch.zeros(8, 8)
@@ -335,7 +335,7 @@ def test_compact_start():
             noisy, noise = torch.randn(2, 1, 1, 64, 64)
             features = pixel_unshuffle(torch.cat((2 * noisy, noise, -noise, torch.zeros_like(noise)), dim=1), 4)
             injector = net.unet.up_blocks[1].chain[0].body
-            noise = pixel_shuffle(injector(features, back_projection, operator, step), 4)[:, 1:2]
+            noise = pixel_shuffle(injector(features, pixel_unshuffle(back_projection, 4), operator, step), 4)[:, 1:2]
             estimate = (noisy - (1 - alpha_bar[step]).sqrt() * noise) / alpha_bar[step].sqrt()
             assert torch.allclose(operator.A(estimate), y, atol=1e-4)
 

@@ -165,8 +165,8 @@ def test_gradients_with_additive_couplings(settings, monkeypatch):
 
 def test_the_halves_of_a_block_are_added_to_in_turn():
     net, (operator, y) = network(coupling="additive", shuffle=2), measured()
-    block, inputs = net.unet.down_blocks[0], unet.Inputs(operator.A_adjoint(y), operator, 1, {})
-    injection = (inputs.back_projection, operator, 1)
+    block, inputs = net.unet.down_blocks[0], unet.Inputs(operator.A_adjoint(y), operator, 1)
+    injection = (inputs.folded(2), operator, 1)
     x = torch.randn(1, 32, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         block(x, inputs)
