@@ -198,10 +198,15 @@ def write_reconstruction(
     ycrcb: np.ndarray | None = None,  # uint8 (H, W, 3), the original that lends Cr and Cb; None for a grey picture
 ) -> None:
     """Write a reconstruction as an 8-bit PNG; raises UserError where that is not possible."""
+    write_atomic(path, cv2.imencode(".png", in_colour(luminance, ycrcb))[1].tobytes())
+
+
+def in_colour(luminance: np.ndarray, ycrcb: np.ndarray | None) -> np.ndarray:
+    """Return a luminance, float (H, W) in [0, 255], with the Cr and Cb of another picture: uint8 (H, W) or BGR."""
     pixels = in_8_bits(luminance)
-    if ycrcb is not None:
-        pixels = cv2.cvtColor(np.dstack([pixels, ycrcb[..., 1:]]), cv2.COLOR_YCrCb2BGR)
-    write_atomic(path, cv2.imencode(".png", pixels)[1].tobytes())
+    if ycrcb is None:
+        return pixels
+    return cv2.cvtColor(np.dstack([pixels, ycrcb[..., 1:]]), cv2.COLOR_YCrCb2BGR)
 
 
 def file_stem(name: str) -> str:
