@@ -25,6 +25,7 @@ from utils.measurement import Measurement
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 PATIENCE = 300  # seconds, which stand for ever
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
