@@ -184,9 +184,16 @@ def read_pretrained(cls: type["IDM"], folder: Path, file: Path | None = None) ->
     files = weight_files(folder) if file is None else [folder / shard for shard in shards(file)] or [file]
     state = read_sharded(files)
     net = _without_values(cls, config, state, f"{folder}/config.json")
-    # Weights older than the damping mean its initial values.
-    _load(net, lambda net: (each for each in net.named_parameters() if each[0] in state or each[0] != "log_damping"),
-          state, folder)
+
+    def names(net: "IDM") -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in net.state_dict(keep_vars=True).items():
+            if name in state or name != "log_damping":  # weights older than the damping mean its initial values
+                yield name, tensor
+
+    if {name for name, _ in net.named_buffers()} - net.state_dict().keys():  # to which only building gives values
+        _check(list(names(net)), state, folder)
+        net = build(cls, config, folder)
+    _load(net, names, state, folder)
     return net.eval()
 
 
@@ -347,9 +354,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _load(net: "IDM", names: Callable[["IDM"], Iterable[tuple[str, nn.Parameter]]], state: State,
+def _load(net: "IDM", names: Callable[["IDM"], Iterable[tuple[str, Tensor]]], state: State,
           source: str | Path) -> None:
-    """Copy state[name] into each parameter; where anything does not fit, nothing is copied, nor memory asked for."""
+    """Copy state[name] into each tensor; where anything does not fit, nothing is copied, nor memory asked for."""
     _check(list(names(net)), state, source)
     if any(parameter.is_meta for parameter in net.parameters()):
         net.to_empty(device="cpu").reset_damping()  # of which the published format has none
