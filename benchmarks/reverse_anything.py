@@ -5,7 +5,6 @@
 All are trained here by train.py and baselines.train, from fresh weights, on the same crops, for the same CPU time: a
 few iterations tell how long one takes, and that decides how many there are. What is finished is kept in --work_dir
 and --out, and the same command goes on from there. The table goes into docs/reverse_anything.md.
-It waits for the flags of train.py in CHANGES, which are still to come.
 """
 import argparse
 import csv

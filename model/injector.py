@@ -50,8 +50,8 @@ class Injector(nn.Module):
         batch, _, height, width = features.shape
         flat = self.factor**2 * height, width  # r² planes of the features' size one below the other
         z = self.lift[step - 1](features.reshape(batch, -1, *flat)).to(back_projection.dtype)
-        z = z.view_as(back_projection)
+        z = z.reshape(back_projection.shape)  # no view: weights may be channels-last
         image = F.pixel_shuffle(z, self.factor)
         consistent = F.pixel_unshuffle(dagger(operator, operator.A(image)), self.factor)
-        images = torch.cat((z, consistent, back_projection), dim=1).view(batch, -1, *flat)
-        return features + self.unlift[step - 1](images).view_as(features)
+        images = torch.cat((z, consistent, back_projection), dim=1).reshape(batch, -1, *flat)
+        return features + self.unlift[step - 1](images).reshape(features.shape)

@@ -259,6 +259,9 @@ def test_injector_equals_its_definition():
         pixel = torch.stack((z[i, j], consistent[i, j], back_projection[0, 0, i, j]))
         expected[0, c, i // 2, j // 2] += unlift.weight[:, :, 0, 0] @ pixel + unlift.bias
     assert torch.allclose(ours, expected, atol=1e-5)
+    layout = {"memory_format": torch.channels_last}  # test.py's
+    folded = pixel_unshuffle(back_projection, 2)
+    assert torch.allclose(injector.to(**layout)(features.contiguous(**layout), folded, operator, 2), ours, atol=1e-6)
 
 
 def test_schedule():

@@ -26,7 +26,11 @@ train 2 sixth --base_model "$folder/fifth/$run" --patch_size 128 --batch_size 3 
     --iters_per_epoch 250 --learning_rate 4e-4
 train 2 seventh --base_model "$folder/sixth/$run" --patch_size 128 --batch_size 3 --epoch 3 --lr_schedule cosine \
     --iters_per_epoch 250 --seed 2027 --ema 0.996
-"$python" - "$folder/seventh/$run" "$folder/compact" <<'EOF'
+train 1 eighth --base_model "$folder/seventh/$run" --patch_size 128 --batch_size 6 --loss log_mse --lr_schedule constant \
+    --warm_up 30 --epoch 100 --iters_per_epoch 100 --max_iters 438 --seed 2031 --ema 0.995
+train 1 release --decay_from "$folder/eighth/R_0.05to0.60_T_3_B_32" --patch_size 128 --batch_size 6 --loss log_mse \
+    --epoch 2 --iters_per_epoch 85 --seed 2031 --ema 0.98
+"$python" - "$folder/release/$run" "$folder/compact" <<'EOF'
 import sys
 from model import IDM
 IDM.from_checkpoint(sys.argv[1]).half().save_pretrained(sys.argv[2])
