@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from utils.errors import UserError
 from utils.training.log import TrainingLog
@@ -36,7 +37,9 @@ def test_all_three_logs_say_the_same(tmp_path, capsys):
     assert (picture.width, picture.height, picture.step) == (9, 4, 10)
 
 
-def test_a_run_that_goes_on_drops_what_it_will_say_again(tmp_path):
+def test_a_run_that_goes_on_drops_what_it_will_say_again(tmp_path, monkeypatch):
+    # TensorBoard sorts files by name, which ends in a count that all files of this process share: "9" comes after "10".
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     log = TrainingLog(tmp_path, "run", 0)
     for iteration in (10, 20, 30):
         log.scalars(iteration, {"loss": iteration / 100})
