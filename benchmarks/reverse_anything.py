@@ -75,9 +75,10 @@ class Bench:
             command = ["-m", "baselines.train", "--batch_size", str(args.ddpm_batch_size), "--learning_rate", "1e-3"]
         else:
             command = ["train.py", "--base_model", "compact", "--width", str(args.width), "--shuffle",
-                       str(args.shuffle), "--step_number", str(args.step_number), "--batch_size", str(args.batch_size),
-                       "--cs_ratio", "/".join(map(str, args.cs_ratio)), "--learning_rate", str(args.learning_rate),
-                       "--invertible", "none", "--data_dir", str(args.work_dir / "nothing_to_test"), *IDMS[name]]
+                       str(args.shuffle), "--attention", "none", "--step_number", str(args.step_number),
+                       "--batch_size", str(args.batch_size), "--cs_ratio", "/".join(map(str, args.cs_ratio)),
+                       "--learning_rate", str(args.learning_rate), "--invertible", "none",
+                       "--data_dir", str(args.work_dir / "nothing_to_test"), *IDMS[name]]
         command += ["--train_dir", str(args.train_dir), "--cache_dir", str(args.work_dir / "cache"), "--patch_size",
                     str(args.patch_size), "--epoch", "1", "--iters_per_epoch", str(iterations), "--lr_schedule",
                     "cosine", "--clip", "1", "--ema", "0.995", "--seed", str(args.seed), "--model_dir", str(folder),

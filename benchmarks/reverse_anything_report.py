@@ -29,9 +29,9 @@ def markdown(results: dict) -> str:
     said = (f"{settings['pictures']} pictures of {settings['testset_name']}; each network trained from fresh weights "
             f"for {settings['minutes']:g} CPU minutes (one thread, {where['device']}) on {settings['patch_size']}×"
             f"{settings['patch_size']} crops, seed {settings['seed']}; IDM of width {settings['width']}, shuffle "
-            f"{settings['shuffle']}, T = {settings['step_number']}, one network for all ratios. Seconds: CPU time of "
-            f"one thread for a 288×480 picture. Memory: what a training step holds beside weights and gradients, "
-            f"counted.")
+            f"{settings['shuffle']}, no attention, T = {settings['step_number']}, one network for all ratios. "
+            f"Seconds: CPU time of one thread for a 288×480 picture. Memory: what a training step holds beside "
+            f"weights and gradients, counted.")
     titles = ["", *(f"{percent} %" for percent in percents), "s an image", "× DDNM's speed", "step, MB",
               "reversible, MB", "saved", "iterations"]
     lines = [f"**Measured here.** {said}", "", row(titles), row(["---"] * len(titles)),
