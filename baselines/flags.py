@@ -10,12 +10,14 @@ from baselines.ddnm import Sampling
 from utils.devices import memory_suffices
 from utils.errors import UserError
 from utils.measurement import Measurement
+from utils.weights import BESIDE
 
 if TYPE_CHECKING:
     from baselines.ddpm import DDNM
 
 SETTINGS = {"sampling_steps": "steps", "eta": "eta", "travel_length": "travel_length",
             "travel_repeat": "travel_repeat"}  # flag: name in `Sampling`
+SMALL = (Path("weight", "ddpm"), BESIDE / "ddpm")  # where the DDPM that comes along may lie
 OF_IDM = ("model_dir", "epoch", "compile", "attention_window")
 
 
@@ -24,7 +26,7 @@ def add_ddnm_flags(parser: ArgumentParser) -> None:
     add, default = parser.add_argument, Sampling()
     add("--method", choices=("idm", "ddnm"), default="idm",
         help="ddnm: zero-shot, by an unconditional diffusion model; --weights is then a folder or a hub id of a DDPM "
-             "pipeline of diffusers")
+             "pipeline of diffusers; if not given, the small one that comes along")
     add("--sampling_steps", type=int, help=f"ddnm: evaluations of the network; {default.steps} if not given")
     add("--eta", type=float, help=f"ddnm: share of the noise drawn anew at each step; {default.eta} if not given")
     add("--travel_length", type=int, help="ddnm: steps that a time travel goes back; 1 if not given")
@@ -55,10 +57,11 @@ class DdnmFlags:
             sampling = Sampling(**given)
         except ValueError as error:
             raise UserError(f"--method ddnm: {error}") from error
-        if args.weights is None:
-            raise UserError("--method ddnm needs --weights: a folder or a hub id of a DDPM pipeline of diffusers, such "
-                            "as python -m baselines.train writes")
-        return cls(args.weights, sampling, args.seed)
+        places = [args.weights] if args.weights else [path for path in SMALL if path.exists()]
+        if not places:
+            raise UserError(f"there is no DDPM in {SMALL[0]}; name one with --weights: a folder or a hub id of a "
+                            "pipeline of diffusers, such as python -m baselines.train writes")
+        return cls(places[0], sampling, args.seed)
 
     def find(self, measurement: Measurement) -> Path:
         """Return what to load: one DDPM serves all measurements."""

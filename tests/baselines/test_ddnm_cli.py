@@ -1,6 +1,7 @@
 """test.py --method ddnm from end to end, with a tiny DDPM on small pictures, and the mistakes a user can make."""
 import csv
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import cv2
@@ -10,8 +11,9 @@ import torch
 from diffusers import DDPMPipeline
 
 import compare
+from baselines import flags
 from baselines.ddnm import Sampling
-from baselines.ddpm import DDNM, schedule
+from baselines.ddpm import DDNM, load_ddpm, schedule
 from tests.baselines.test_ddpm import tiny
 from tests.evaluation.test_test_cli import script
 from utils.data.testsets import load_testset
@@ -61,13 +63,13 @@ def psnr(path: Path) -> list[float]:
         return [float(row["psnr"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize(("flags", "sampling", "noise", "folder"), [
+@pytest.mark.parametrize(("given", "sampling", "noise", "folder"), [
     (["--sampling_steps", "5"], Sampling(5), 0.0, "25"),
     (["--sampling_steps", "6", "--eta", "0.3", "--travel_length", "2", "--travel_repeat", "2", "--noise", "0.05"],
      Sampling(6, 0.3, 2, 2), 0.05, "25_noise_0.05"),
 ])
-def test_results_are_the_samplers_and_compare_reads_them(monkeypatch, place, capsys, flags, sampling, noise, folder):
-    call(monkeypatch, place, *flags)
+def test_results_are_the_samplers_and_compare_reads_them(monkeypatch, place, capsys, given, sampling, noise, folder):
+    call(monkeypatch, place, *given)
     assert f"DDNM of {sampling.steps} steps, eta = {sampling.eta:g}" in capsys.readouterr().out
     scores = psnr(place / "result" / "set" / folder / "scores.csv")
     assert scores == pytest.approx(by_hand(place, sampling, noise), abs=1e-3)
@@ -77,15 +79,28 @@ def test_results_are_the_samplers_and_compare_reads_them(monkeypatch, place, cap
     assert psnr(place / "compared" / "set" / "25" / "scores.csv") == pytest.approx(scores, abs=0.01)  # of 8 bits
 
 
-def test_weights_must_be_named(monkeypatch, place, capsys):
+def test_without_weights_the_ddpm_that_comes_along_is_taken(monkeypatch, place):
     monkeypatch.chdir(place)
+    args = Namespace(weights=None, model_dir=None, epoch=None, compile=False, attention_window=None, seed=1,
+                     **dict.fromkeys(flags.SETTINGS))
+    source = flags.DdnmFlags.of(args).source
+    unet, scheduler = load_ddpm(source)
+    assert source == flags.BESIDE / "ddpm" and next(unet.parameters()).dtype == torch.float32
+    assert unet.config.in_channels == 1 and scheduler.config.num_train_timesteps == 1000
+    size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
+    assert size < 6e6
+
+
+def test_no_weights_anywhere_are_a_sentence(monkeypatch, place, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(flags, "SMALL", (Path("weight", "ddpm"),))
     monkeypatch.setattr(sys, "argv", ["test.py", "--method", "ddnm", "--testset_name", "set"])
     with pytest.raises(SystemExit) as ended:
         run(script.main, script.WeightsError)
-    assert ended.value.code == 2 and "--method ddnm needs --weights" in capsys.readouterr().err
+    assert ended.value.code == 2 and "there is no DDPM in weight/ddpm; name one" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "sentence"), [
+@pytest.mark.parametrize(("given", "sentence"), [
     (["--eta", "1.5"], "eta must lie in [0, 1], not 1.5"),
     (["--sampling_steps", "0"], "steps must be at least 1, not 0"),
     (["--sampling_steps", "1001"], "the DDPM has 1000 steps"),
@@ -93,8 +108,8 @@ def test_weights_must_be_named(monkeypatch, place, capsys):
     (["--weights", "data"], "cannot load a DDPM from data"),
     (["--method", "idm", "--eta", "0.5"], "--eta is a setting of --method ddnm"),
 ])
-def test_a_mistake_is_answered_by_one_sentence(monkeypatch, place, capsys, flags, sentence):
+def test_a_mistake_is_answered_by_one_sentence(monkeypatch, place, capsys, given, sentence):
     with pytest.raises(SystemExit) as ended:
-        call(monkeypatch, place, *flags)
+        call(monkeypatch, place, *given)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and sentence in error and error.count("\n") == 1

@@ -12,7 +12,6 @@ from model import IDM, BlockCompressedSensing, WeightsError, unet
 from model.checkpoint import build
 from model.idm import INVERTIBLE
 from model.schedules import DynamicSchedule
-from tests.conftest import ROOT
 
 TODAY = {"block_out_channels": [32, 64], "num_steps": 2, "shuffle": 4, "num_attention_heads": 2, "norm_groups": 1}
 
@@ -47,14 +46,23 @@ def assert_gradients_are_plain_autograds(net: IDM, batch: int = 1, **arguments) 
 
 # --- names ----------------------------------------------------------------------------------------------------------
 
-def test_what_was_saved_before_there_were_names_is_the_published_network():
-    """Configs of today, in folders and in training states, name neither coupling nor schedule nor attention."""
-    config = json.loads((ROOT / "weight" / "compact" / "config.json").read_text())
-    assert config.keys().isdisjoint({"coupling", "schedule", "attention", "attention_window"})
-    for net in (IDM.from_checkpoint(ROOT / "weight" / "compact"), build(IDM, TODAY, "the state")):
+OLD = {  # the config that the first compact weights came with
+    "_class_name": "IDM", "_diffusers_version": "0.42.1", "block_out_channels": [64, 128], "norm_groups": 1,
+    "num_attention_heads": 2, "num_steps": 3, "shuffle": 4,
+}
+
+
+def test_what_was_saved_before_there_were_names_is_the_published_network(tmp_path: Path):
+    """Neither folders nor training states named coupling, schedule or attention."""
+    saved = IDM.compact()
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(OLD))
+    for net in (IDM.from_checkpoint(tmp_path), build(IDM, TODAY, "the state")):
         assert (net.config.coupling, net.config.schedule, net.attention_window) == ("weighted", "learned", (None, None))
         assert len([name for name, _ in net.named_modules() if name.endswith("attn1")]) == 10
         assert all(f"steps.{step}.v" in net.state_dict() for step in range(net.config.num_steps))
+    loaded = IDM.from_checkpoint(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in saved.state_dict().items())
 
 
 @pytest.mark.parametrize("settings", [
