@@ -9,6 +9,7 @@ from model.operators import OPERATORS, BlockCompressedSensing, LinearOperator, r
 from utils.errors import UserError
 from utils.flags import noise
 from utils.measurement import Measurement
+from utils.measurement_flags import measurements
 from utils.operator_settings import read_settings
 
 
@@ -111,6 +112,16 @@ def test_settings_are_read_by_the_signature():
     assert Measurement("mask", {"keep": 0.5, "wrap": True}).title == "mask keep=0.5 wrap=True"
     assert Measurement("mask", {"keep": 0.5}).settings == {"keep": 0.5, "rows": 1, "kind": "dots", "wrap": False,
                                                             "file": None}
+
+
+def test_several_values_of_settings_are_several_measurements():
+    def measured(*pairs: str) -> list[str]:
+        return [each.described for each in measurements("mask", list(pairs), None, None, (0.0, 0.0), 2025)]
+    assert measured("keep=0.5/1", "kind=bars/dots") == [
+        "keep=0.5 kind=bars", "keep=0.5", "keep=1.0 kind=bars", "keep=1.0"]
+    assert measured("keep=1/1", "file=a/b.png") == [f"keep=1.0 file={Path('a/b.png')}"]
+    with pytest.raises(UserError, match="keep must be a number, not half"):
+        measured("keep=1/half")
 
 
 @pytest.mark.parametrize("operator, pairs, message", [
