@@ -65,13 +65,13 @@ def test_reversible_differs_from_plain_by_less_than_half_precision_itself(half: 
 def test_half_precision_against_fp32(half: torch.dtype, least: float):
     """With fp32's signs of x̂ − x: in a picture this small, a handful of flipped ones would drown the arithmetic.
 
-    Over four operators, since a single one may lie far off: ours is at 0.57 and 0.63 of what autocast alone does.
+    Over four operators, since a single one may lie far off: ours is at 0.29 and 0.33 of what autocast alone does.
     """
     net = IDM.from_checkpoint(ROOT / "weight" / "compact")
     net.invertible = "none"
-    x, ours, careless = photographs(32), 0.0, 0.0
+    x, ours, careless = photographs(64), 0.0, 0.0
     for seed in range(4):
-        operator = BlockCompressedSensing.random((32, 32), 0.1, 32, torch.Generator().manual_seed(seed))
+        operator = BlockCompressedSensing.random((64, 64), 0.1, 32, torch.Generator().manual_seed(seed))
         error, exact = gradient(net, operator, x)
         _, rounded = gradient(net, operator, x, half, error.sign())
         assert cosine(rounded, exact) > least
@@ -88,10 +88,15 @@ def test_full_precision_convolution():
     assert torch.equal(ours, nn.functional.conv2d(x, conv.weight, conv.bias))
 
 
-@pytest.mark.parametrize(("half", "most"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
-def test_weights_in_half(half: torch.dtype, most: float, caplog: pytest.LogCaptureFixture):
-    """A network cast as a whole, with its operator left in fp32."""
-    net = IDM.from_checkpoint(ROOT / "weight" / "compact")
+@pytest.mark.parametrize(("half", "trained", "most"), [
+    (torch.bfloat16, False, 0.01), (torch.float16, False, 0.001), (torch.float16, True, 0.01)])
+def test_weights_in_half(half: torch.dtype, trained: bool, most: float, caplog: pytest.LogCaptureFixture):
+    """A network cast as a whole, with its operator left in fp32.
+
+    Not the trained one in bf16, whose eight bits cost it 0.3 dB when everything is cast; autocast costs it nothing.
+    """
+    torch.manual_seed(0)
+    net = IDM.from_checkpoint(ROOT / "weight" / "compact") if trained else IDM.compact().eval()
     x = photographs(32)
     operator = BlockCompressedSensing.random((32, 32), 0.1, 32, torch.Generator().manual_seed(0))
     with torch.inference_mode():
