@@ -10,14 +10,13 @@ from baselines.ddnm import Sampling
 from utils.devices import memory_suffices
 from utils.errors import UserError
 from utils.measurement import Measurement
-from utils.weights import BESIDE
+from utils.weights import weight_folders
 
 if TYPE_CHECKING:
     from baselines.ddpm import DDNM
 
 SETTINGS = {"sampling_steps": "steps", "eta": "eta", "travel_length": "travel_length",
             "travel_repeat": "travel_repeat"}  # flag: name in `Sampling`
-SMALL = (Path("weight", "ddpm"), BESIDE / "ddpm")  # where the DDPM that comes along may lie
 OF_IDM = ("model_dir", "epoch", "compile", "attention_window")
 
 
@@ -57,11 +56,12 @@ class DdnmFlags:
             sampling = Sampling(**given)
         except ValueError as error:
             raise UserError(f"--method ddnm: {error}") from error
-        places = [args.weights] if args.weights else [path for path in SMALL if path.exists()]
-        if not places:
-            raise UserError(f"there is no DDPM in {SMALL[0]}; name one with --weights: a folder or a hub id of a "
+        small = [folder / "ddpm" for folder in weight_folders()]  # the one that comes along
+        found = [args.weights] if args.weights else [path for path in small if path.exists()]
+        if not found:
+            raise UserError(f"there is no DDPM in {small[0]}; name one with --weights: a folder or a hub id of a "
                             "pipeline of diffusers, such as python -m baselines.train writes")
-        return cls(places[0], sampling, args.seed)
+        return cls(found[0], sampling, args.seed)
 
     def find(self, measurement: Measurement) -> Path:
         """Return what to load: one DDPM serves all measurements."""

@@ -17,6 +17,11 @@ PUBLISHED_EPOCH = 50  # of the files that the authors give away
 BESIDE = Path(__file__).resolve().parents[1] / "weight"  # the folder that comes with the programs
 
 
+def weight_folders() -> list[Path]:
+    """Return where weights are looked for unless a flag says where."""
+    return [Path("weight"), BESIDE]
+
+
 @dataclass(frozen=True)
 class WeightFlags:
     """What the flags say about weights."""
@@ -36,7 +41,7 @@ class WeightFlags:
             if not self.weights.exists():
                 raise UserError(f"--weights names {self.weights}, which does not exist")
             return self.weights
-        folders = [self.model_dir] if self.model_dir else [Path("weight"), BESIDE]
+        folders = [self.model_dir] if self.model_dir else weight_folders()
         name = measurement.run_name(self.step_number)
         quiet = replace(measurement, noise=(0.0, 0.0)).run_name(self.step_number)
         for run in dict.fromkeys(folder / each for each in (name, quiet) for folder in folders):

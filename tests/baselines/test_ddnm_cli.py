@@ -16,6 +16,7 @@ from baselines.ddnm import Sampling
 from baselines.ddpm import DDNM, load_ddpm, schedule
 from tests.baselines.test_ddpm import tiny
 from tests.evaluation.test_test_cli import script
+from utils import weights
 from utils.data.testsets import load_testset
 from utils.errors import run
 from utils.measurement import Measurement
@@ -85,15 +86,16 @@ def test_without_weights_the_ddpm_that_comes_along_is_taken(monkeypatch, place):
                      **dict.fromkeys(flags.SETTINGS))
     source = flags.DdnmFlags.of(args).source
     unet, scheduler = load_ddpm(source)
-    assert source == flags.BESIDE / "ddpm" and next(unet.parameters()).dtype == torch.float32
+    assert source == weights.BESIDE / "ddpm" and next(unet.parameters()).dtype == torch.float32
     assert unet.config.in_channels == 1 and scheduler.config.num_train_timesteps == 1000
+    assert not any("_name_or_path" in file.read_text() for file in source.rglob("*.json"))  # whose machine it was
     size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     assert size < 6e6
 
 
 def test_no_weights_anywhere_are_a_sentence(monkeypatch, place, capsys):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(flags, "SMALL", (Path("weight", "ddpm"),))
+    monkeypatch.setattr(weights, "BESIDE", place / "none")
     monkeypatch.setattr(sys, "argv", ["test.py", "--method", "ddnm", "--testset_name", "set"])
     with pytest.raises(SystemExit) as ended:
         run(script.main, script.WeightsError)
