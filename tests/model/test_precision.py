@@ -1,4 +1,5 @@
 """Half precision: the reversible network against plain autograd, both against fp32, and modules in half altogether."""
+import copy
 import logging
 
 import numpy as np
@@ -88,21 +89,23 @@ def test_full_precision_convolution():
     assert torch.equal(ours, nn.functional.conv2d(x, conv.weight, conv.bias))
 
 
-@pytest.mark.parametrize(("half", "trained", "most"), [
-    (torch.bfloat16, False, 0.01), (torch.float16, False, 0.001), (torch.float16, True, 0.01)])
-def test_weights_in_half(half: torch.dtype, trained: bool, most: float, caplog: pytest.LogCaptureFixture):
-    """A network cast as a whole, with its operator left in fp32.
+@pytest.mark.parametrize(("half", "most"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_weights_in_half(half: torch.dtype, most: float, caplog: pytest.LogCaptureFixture):
+    """A network cast as a whole, with its operator left in fp32; in bf16 all but the α's.
 
-    Not the trained one in bf16, whose eight bits cost it 0.3 dB when everything is cast; autocast costs it nothing.
+    One of them is 0.998, which bf16 rounds to 1: that alone costs these weights 0.3 dB.
     """
-    torch.manual_seed(0)
-    net = IDM.from_checkpoint(ROOT / "weight" / "compact") if trained else IDM.compact().eval()
+    net = IDM.from_checkpoint(ROOT / "weight" / "compact")
     x = photographs(32)
     operator = BlockCompressedSensing.random((32, 32), 0.1, 32, torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = net(operator.A(x), operator)
         logging.getLogger("diffusers").propagate = True
-        x_hat = net.to(half)(operator.A(x), operator)
+        alpha = copy.deepcopy(net.schedule)
+        net.to(half)
+        if half is torch.bfloat16:
+            net.schedule = alpha
+        x_hat = net(operator.A(x), operator)
     assert float((x_hat - expected).norm() / (expected - x).norm()) < most
     assert not caplog.records
 
