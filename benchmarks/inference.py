@@ -1,6 +1,6 @@
 """Seconds and memory of a reconstruction, by precision, batch, compilation and processes, against the plain loop.
 
-    python benchmarks/inference.py                              # the compact weights on a CPU
+    python benchmarks/inference.py                              # IDM.compact() on a CPU
     python benchmarks/inference.py --width 320 --device cuda    # the published widths on a GPU
 
 The plain loop is how the published script runs: fp32, eager, channels first, one picture after another. Settings take
@@ -67,7 +67,7 @@ PLAIN = Setting(plain=True)
 
 
 def network(width: int, device: str, plain: bool = False) -> IDM:
-    """The compact network for width 64, else the published one at this width; the weights do not matter here."""
+    """IDM.compact() for width 64, else the published one at this width; the weights do not matter here."""
     torch.manual_seed(0)
     with torch.device(device):
         net = (IDM.compact(width) if width == 64 else IDM((width, 2 * width))).eval()
@@ -288,7 +288,7 @@ def report(result: dict) -> None:
 def main() -> None:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=64,
-                        help="of the first scale; 64 is the compact network's, 320 the published one's")
+                        help="of the first scale; 64 is IDM.compact()'s, 320 the published one's")
     parser.add_argument("--size", type=int, nargs=2, default=[256, 256], help="height and width, multiples of 32")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each setting, after one that is not")
