@@ -75,4 +75,4 @@ def _check(operator: nn.Module, x: Tensor) -> None:
 def _random(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
     """Normal numbers, the same each time, of the precision and on the device of `like`."""
     dtype = like.dtype if like.dtype.is_complex or like.dtype.is_floating_point else torch.float32
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(like.device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu").to(like.device)
