@@ -156,7 +156,8 @@ def parse_arguments() -> argparse.Namespace:
         help="write more than the reconstruction: measured, the numbers y; back_projection, the picture A⁺y; or both")
     add("--weights", type=file_path,
         help="a published .pkl or a folder of train.py; if not given, those that test.py would use")
-    add("--step_number", type=integer(1), default=3, help="T, the sampling steps of the weights to look for")
+    add("--step_number", type=integer(1), help="T, the sampling steps of the weights to look for, 3 if not given; of "
+        "--weights, trained with --random_steps, so many of the steps, the last")
     add("--device", help="cpu, cuda, cuda:1, ...; the first GPU, where there is one, if not given")
     add("--precision", choices=list(PRECISIONS), default="fp32", help="what the network computes in")
     add("--attention_window", type=integer(1),

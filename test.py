@@ -166,7 +166,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--epoch", type=integer(0), help=f"which of the saved epochs to load; {PUBLISHED_EPOCH}, else the newest of "
         "train.py, if not given")
-    add("--step_number", type=integer(1), default=3, help="T, the sampling steps of the weights to load")
+    add("--step_number", type=integer(1), help="T, the sampling steps of the weights to look for, 3 if not given; of "
+        "--weights, trained with --random_steps, so many of the steps, the last")
     add_measurement_flags(parser)
     add("--model_dir", type=file_path, help="folder of the weights; weight, here or beside test.py, if not given")
     add("--data_dir", type=file_path, default="data", help="folder of the test sets")

@@ -34,7 +34,7 @@ from benchmarks.reverse_anything_report import show  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from utils.data.images import list_pictures  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
-from utils.flags import Parser, percent, place, positive, ratios, whole  # noqa: E402
+from utils.flags import Parser, file_path, integer, percent, positive, ratios  # noqa: E402
 
 CHANGES = {
     "additive coupling": ["--coupling", "additive"],
@@ -207,26 +207,26 @@ def measure(bench: Bench) -> None:
 def main() -> None:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--train_dir", type=place, required=True, help="training pictures, searched recursively")
-    add("--data_dir", type=place, default=ROOT / "data", help="folder of the test set")
+    add("--train_dir", type=file_path, required=True, help="training pictures, searched recursively")
+    add("--data_dir", type=file_path, default=ROOT / "data", help="folder of the test set")
     add("--testset_name", default="CBSD68")
-    add("--pictures", type=whole(1), help="of the test set, evenly spread; all if not given")
+    add("--pictures", type=integer(1), help="of the test set, evenly spread; all if not given")
     add("--minutes", type=positive, default=15, help="CPU minutes that each is trained for")
-    add("--seed", type=whole(0), default=2025)
+    add("--seed", type=integer(0), default=2025)
     add("--cs_ratio", type=ratios, default="0.1/0.3/0.5", help="of training and test")
-    add("--step_number", type=whole(1), default=3, help="T of IDM")
-    add("--ddnm_steps", type=whole(1), nargs="+", default=DDNM_STEPS)
-    add("--width", type=whole(1), default=32, help="of IDM's first scale")
-    add("--shuffle", type=whole(1), default=2)
-    add("--patch_size", type=whole(1), default=64)
-    add("--batch_size", type=whole(1), default=4, help="of IDM")
-    add("--ddpm_batch_size", type=whole(1), default=16)
+    add("--step_number", type=integer(1), default=3, help="T of IDM")
+    add("--ddnm_steps", type=integer(1), nargs="+", default=DDNM_STEPS)
+    add("--width", type=integer(1), default=32, help="of IDM's first scale")
+    add("--shuffle", type=integer(1), default=2)
+    add("--patch_size", type=integer(1), default=64)
+    add("--batch_size", type=integer(1), default=4, help="of IDM")
+    add("--ddpm_batch_size", type=integer(1), default=16)
     add("--learning_rate", type=positive, default=1e-3, help="of IDM")
-    add("--rounds", type=whole(1), default=3, help="timed reconstructions of each")
-    add("--work_dir", type=place, default=ROOT / "result" / "reverse_anything", help="weights, states and cache")
-    add("--out", type=place, default=ROOT / "benchmarks" / "reverse_anything.json")
-    add("--report", type=place, default=ROOT / "docs" / "reverse_anything.md")
-    add("--figure", type=place, default=ROOT / "figs" / "reverse_anything.png")
+    add("--rounds", type=integer(1), default=3, help="timed reconstructions of each")
+    add("--work_dir", type=file_path, default=ROOT / "result" / "reverse_anything", help="weights, states and cache")
+    add("--out", type=file_path, default=ROOT / "benchmarks" / "reverse_anything.json")
+    add("--report", type=file_path, default=ROOT / "docs" / "reverse_anything.md")
+    add("--figure", type=file_path, default=ROOT / "figs" / "reverse_anything.png")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     places = ("train_dir", "data_dir", "work_dir", "out", "report", "figure")

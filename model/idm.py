@@ -117,6 +117,7 @@ class IDM(ModelMixin, ConfigMixin):
         self.merge_scale = nn.Parameter(torch.zeros(1))  # s_out
         self.log_damping = nn.Parameter(torch.full((num_steps,), LOG_DAMPING))  # log(λ_t/σ²), t = 1, …, T
         self.steps = ReversibleChain(sampling_coupling(coupling_class) for _ in range(num_steps))  # t = T, …, 1
+        self.default_steps: int | None = None  # where the chain begins unless a call says so: fewer than T are faster
         self._store_every = 1
         self.invertible = "both"
 
@@ -182,7 +183,7 @@ class IDM(ModelMixin, ConfigMixin):
         y: Tensor,  # measurements, operator.A(x): (batch, H·W/N, M) of ours
         operator: LinearOperator,  # ours or deepinv's: a module with A and A_adjoint
         noise_level: float | Tensor | None = None,  # σ of the noise in y, of all images or (batch,); None: 0
-        steps: int | None = None,  # begin the chain at step t = steps, from 1 to T; None: T
+        steps: int | None = None,  # begin the chain at step t = steps, from 1 to T; None: `default_steps`, or T
     ) -> Tensor:
         """x̂, (batch, in_channels, H, W); not clamped.
 
@@ -203,9 +204,9 @@ class IDM(ModelMixin, ConfigMixin):
         if height % self.size_multiple or width % self.size_multiple:
             operator = PaddedOperator(operator, (height, width), self.size_multiple)
             back_projection = operator.transform_adjoint(back_projection)
-        last = self.config.num_steps if steps is None else steps
+        last = steps if steps is not None else self.default_steps or self.config.num_steps
         if not 1 <= last <= self.config.num_steps:
-            raise ValueError(f"steps must be from 1 to {self.config.num_steps}, not {steps}")
+            raise ValueError(f"steps must be from 1 to {self.config.num_steps}, not {last}")
         alpha_bar, damping = self.schedule(back_projection)[:, :last + 1], self._damping(sigma)
         parts = self._parts(operator, y, back_projection, alpha_bar, damping)
         x = torch.cat([self._sample(operator, *part, last, keep_last=part is parts[-1]) for part in parts])

@@ -103,6 +103,3 @@ def run_name(cs_ratio: list[float], step_number: int, block_size: int, between: 
     """
     parts = (f"{ratio:.2f}" if round(ratio, 2) == ratio else f"{ratio:.10g}" for ratio in cs_ratio)
     return f"R_{between.join(parts)}_T_{step_number}_B_{block_size}"
-
-
-place, whole = file_path, integer  # until all callers are renamed

@@ -29,7 +29,7 @@ class WeightFlags:
     weights: Path | None = None  # a file or a folder; nothing else is looked for
     model_dir: Path | None = None  # where to look; if not given, in weight, here or beside the programs
     epoch: int | None = None  # of the file to load
-    step_number: int = 3  # T
+    step_number: int | None = None  # T of the weights to look for, 3 if not given; of those named, how many to take
 
     def find(self, measurement: Measurement) -> Path:
         """Return the path of what --weights names; else of the published file of this measurement, else of the folder
@@ -42,8 +42,9 @@ class WeightFlags:
                 raise UserError(f"--weights names {self.weights}, which does not exist")
             return self.weights
         folders = [self.model_dir] if self.model_dir else weight_folders()
-        name = measurement.run_name(self.step_number)
-        quiet = replace(measurement, noise=(0.0, 0.0)).run_name(self.step_number)
+        steps = self.step_number or 3
+        name = measurement.run_name(steps)
+        quiet = replace(measurement, noise=(0.0, 0.0)).run_name(steps)
         for run in dict.fromkeys(folder / each for each in (name, quiet) for folder in folders):
             if found := self._in_run(run):
                 return found
@@ -71,7 +72,14 @@ class WeightFlags:
 
     def load(self, path: Path, device: torch.device) -> "IDM":
         """Return the network of these weights on the device; raises WeightsError and UserError."""
-        return load_network(path, device)
+        net = load_network(path, device)
+        if self._shortens(net):
+            net.default_steps = self.step_number
+        return net
+
+    def _shortens(self, net: "IDM") -> bool:
+        """Whether fewer steps are asked for than the weights that are named by their path have."""
+        return self.weights is not None and self.step_number is not None and self.step_number < net.config.num_steps
 
     def described(self, net: "IDM") -> str:
         """Return what the first line says of the network."""
@@ -82,7 +90,10 @@ class WeightFlags:
         notes, steps = [], net.config.num_steps
         if self.weights is None and path.name == "compact" and measurement.operator != "cs":
             notes.append(f"there are no weights for {measurement.name} in {path.parent}; these were trained for cs")
-        if self.step_number != steps:
+        if self._shortens(net):
+            notes.append(f"of these weights' T = {steps} steps the last {self.step_number} are taken, as is meant for "
+                         "weights trained with --random_steps")
+        elif self.step_number not in (None, steps):
             notes.append(f"these weights are for T = {steps}; --step_number {self.step_number} does not apply")
         if self.epoch is not None and path.name != self.file:
             why = "--weights names them" if self.weights else "these weights are the only ones there"

@@ -385,9 +385,32 @@ def test_a_table_of_different_weights_says_which(place, tmp_path, monkeypatch, c
 def test_weights_of_other_steps_are_noted(place):
     path = place / "weight" / "compact"
     net = IDM.from_checkpoint(path)  # of T = 1
-    assert WeightFlags().notes(path, net, Measurement()) == [
+    assert WeightFlags(step_number=3).notes(path, net, Measurement()) == [
         "these weights are for T = 1; --step_number 3 does not apply"]
-    assert WeightFlags(step_number=1).notes(path, net, Measurement()) == []
+    for flags in WeightFlags(), WeightFlags(step_number=1):
+        assert flags.notes(path, net, Measurement()) == []
+
+
+@torch.no_grad()
+def test_fewer_steps_than_those_of_named_weights_shorten_the_chain(tmp_path):
+    torch.manual_seed(0)
+    IDM.compact(width=32, num_steps=3).save_pretrained(tmp_path)
+    picture = torch.rand(1, 1, 32, 32)
+    operator = Measurement().draw((32, 32), torch.Generator().manual_seed(0))
+    y = operator.A(picture)
+    full = IDM.from_pretrained(tmp_path).eval()
+    seen = []
+    for steps in (None, 3, 2, 1):
+        flags = WeightFlags(tmp_path, step_number=steps)
+        net = flags.load(tmp_path, torch.device("cpu"))
+        seen.append(net(y, operator))
+        assert torch.allclose(seen[-1], full(y, operator, steps=steps), atol=1e-6)
+        assert [f"the last {steps} are taken" in line for line in flags.notes(tmp_path, net, Measurement())] == (
+            [True] if steps in (1, 2) else [])
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.allclose(seen[1], seen[2], atol=1e-4) and not torch.allclose(seen[2], seen[3], atol=1e-4)
+    found = WeightFlags(step_number=2, model_dir=tmp_path)  # not named: taken as they are
+    assert found.load(tmp_path, torch.device("cpu")).default_steps is None
 
 
 @pytest.mark.parametrize("flags, message", [
