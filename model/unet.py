@@ -72,7 +72,9 @@ class Resnet(nn.Module):
         return (inputs.skips.pop(self.skip),) if self.skip else ()  # nothing else reads it, nor should keep it
 
     def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
-        return self.block(torch.cat((x, *skip), dim=1) if skip else x, None)
+        block, x = self.block, torch.cat((x, *skip), dim=1) if skip else x
+        change = block.conv2(F.silu(block.norm2(block.conv1(F.silu(block.norm1(x))))))
+        return change + (x if block.conv_shortcut is None else block.conv_shortcut(x))
 
 
 class Attention(nn.Module):
