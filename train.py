@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from utils import distributed, errors
-from utils.devices import computing_in
+from utils.devices import computing_in, memory_suffices
 from utils.training.learning_rate import learning_rate
 from utils.training.losses import LOSSES
 from utils.training.settings import parse_settings
@@ -53,7 +53,8 @@ def update(run: "Run", loss: Tensor) -> Tensor:
     finite = norm.isfinite()
     if not run.scaler.is_enabled():  # which gives the optimizer this itself; 1 makes it leave the weights alone
         run.optimizer.found_inf = 1 - finite.float()
-    run.scaler.step(run.optimizer)
+    with memory_suffices("for Adam's averages"):
+        run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
     if run.ema:

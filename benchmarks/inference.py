@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import machine, save_results  # noqa: E402
-from benchmarks.memory import FollowTensors  # noqa: E402
 from model import IDM, BlockCompressedSensing, feed_forward  # noqa: E402
 from model.attention import SelfAttention  # noqa: E402
+from model.memory import FollowTensors  # noqa: E402
 from utils import errors  # noqa: E402
 from utils.devices import computing_in  # noqa: E402
 from utils.evaluation.speed import compile_blocks, half_precisions  # noqa: E402

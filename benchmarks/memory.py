@@ -11,14 +11,11 @@ every setting needs, and Adam's two averages are given apart.
 """
 import argparse
 import sys
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,51 +24,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import machine, save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.injector import Injector  # noqa: E402
+from model.memory import FollowTensors  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
 from utils.devices import PRECISIONS, computing_in  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.flags import Parser  # noqa: E402
 
 SETTINGS = ("none", "checkpoint", "sampling", "unet", "both")
-
-
-class FollowTensors(TorchDispatchMode):
-    """Notes when the storage of each new tensor comes and goes."""
-
-    def __init__(self, known: list[torch.Tensor]):
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.living: dict[int, weakref.ref] = {}
-        self.number: dict[int, int] = {}  # of a living storage
-        self.events: list[tuple[int, int]] = []  # (number of the storage, bytes it adds)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size, number = storage._cdata, storage.nbytes(), len(self.events)
-        if key in self.living or key in self.known:
-            return
-
-        def gone(_: weakref.ref) -> None:
-            self.events.append((number, -size))
-            del self.living[key], self.number[key]
-
-        self.living[key], self.number[key] = weakref.ref(storage, gone), number
-        self.events.append((number, size))
-
-    def peak(self, without: list[torch.Tensor]) -> int:
-        """The most bytes that lived at once, but for the storages of some tensors that are living now."""
-        left_out = {self.number.get(tensor.untyped_storage()._cdata) for tensor in without}
-        now = most = 0
-        for number, size in self.events:
-            now += 0 if number in left_out else size
-            most = max(most, now)
-        return most
 LABELLED, GPU_GB = 3, 24  # the T whose gigabytes are written out in the figure, and the line of a common GPU
 
 

@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 from baselines.ddnm import Sampling  # noqa: E402
 from baselines.ddpm import DDNM, load_ddpm, noise_loss, small_unet  # noqa: E402
 from benchmarks.machine import load_results, machine, save_results  # noqa: E402
-from benchmarks.memory import FollowTensors  # noqa: E402
 from benchmarks.reverse_anything_report import show  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
+from model.memory import FollowTensors  # noqa: E402
 from utils.data.images import list_pictures  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
 from utils.flags import Parser, file_path, integer, percent, positive, ratios  # noqa: E402

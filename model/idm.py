@@ -10,14 +10,14 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import checkpoint, compact_start, photograph, settings
+from . import checkpoint, compact_start, memory, photograph, settings
 from .couplings import Swapped
 from .operators import LinearOperator, PaddedOperator, dagger, is_tight, warn_if_wrong
 from .reversible import ReversibleChain
 from .unet import Reversal, UNet
 
 LOG_DAMPING = math.log(25.0)  # of λ/σ² before training with noise: x₀ is taken to be off by 0.2
-INVERTIBLE = ("both", "sampling", "unet", "none")
+INVERTIBLE = ("both", "sampling", "unet", "none")  # and "auto", which is one of them
 PIXELS_AT_ONCE = 2**14  # of the features at the first scale, differentiated at once: enough to fill a GPU
 
 
@@ -128,15 +128,33 @@ class IDM(ModelMixin, ConfigMixin):
 
     @property
     def invertible(self) -> str:
-        """Which levels run reversibly where gradients are asked for: "both", "sampling", "unet" or "none"."""
+        """Which levels run reversibly where gradients are asked for: "both", "sampling", "unet" or "none".
+
+        "auto" is the fastest of these whose training step fits the memory that is free when images of a size are first
+        differentiated (see memory.py), and one that holds less where a forward pass runs out of memory all the same.
+        """
         return self._invertible
 
     @invertible.setter
     def invertible(self, levels: str) -> None:
-        if levels not in INVERTIBLE:
-            raise ValueError(f"invertible must be one of {', '.join(INVERTIBLE)}, not {levels!r}")
-        self._invertible = levels
+        if levels not in (*INVERTIBLE, "auto"):
+            raise ValueError(f"invertible must be one of {', '.join(INVERTIBLE)}, auto, not {levels!r}")
+        self._invertible, self._chosen = levels, {}
+        self._use("both" if levels == "auto" else levels)
+
+    def _use(self, levels: str) -> None:
+        self.levels = levels  # in use, where `invertible` may say "auto"
         self._set_reversal()
+
+    def _choose(self, images: Tensor) -> tuple:
+        """Use what "auto" means for such images; returns by what the choice is kept, for a leaner one to replace it."""
+        device = images.device
+        half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = images.shape, device, half
+        if key not in self._chosen:
+            self._chosen[key] = memory.choose(self, tuple(images.shape), device, half).levels
+        self._use(self._chosen[key])
+        return key
 
     @property
     def store_every(self) -> int | None:
@@ -152,8 +170,8 @@ class IDM(ModelMixin, ConfigMixin):
 
     def _set_reversal(self) -> None:
         # Where level one is reversible, one step's graph exists at a time: what stands between chains can stay in it.
-        self.unet.reversal = Reversal(self.invertible in ("both", "unet"), self.store_every,
-                                      entries=self.invertible == "unet")
+        self.unet.reversal = Reversal(self.levels in ("both", "unet"), self.store_every,
+                                      entries=self.levels == "unet")
 
     @property
     def attention_window(self) -> tuple[int | None, int | None]:
@@ -208,10 +226,26 @@ class IDM(ModelMixin, ConfigMixin):
         if not 1 <= last <= self.config.num_steps:
             raise ValueError(f"steps must be from 1 to {self.config.num_steps}, not {last}")
         alpha_bar, damping = self.schedule(back_projection)[:, :last + 1], self._damping(sigma)
-        parts = self._parts(operator, y, back_projection, alpha_bar, damping)
-        x = torch.cat([self._sample(operator, *part, last, keep_last=part is parts[-1]) for part in parts])
-        x = x[..., :height, :width]
+        x = self._with_what_fits(operator, (y, back_projection, alpha_bar, damping), last)[..., :height, :width]
         return x if last == self.config.num_steps else x + self._zero_of_all_parameters()
+
+    def _with_what_fits(self, operator: LinearOperator, of_images: tuple[Tensor, ...], last: int) -> Tensor:
+        """Run the chain; "auto" chooses how, and holds less where the device has not the memory that it seemed to."""
+        auto = self.invertible == "auto" and torch.is_grad_enabled()
+        key = self._choose(of_images[1]) if auto else None
+        while True:
+            try:
+                parts = self._parts(operator, *of_images)
+                return torch.cat([self._sample(operator, *part, last, keep_last=part is parts[-1]) for part in parts])
+            except torch.OutOfMemoryError:
+                if not auto or self.levels == "both":
+                    raise
+            self._use(memory.leaner(self.levels))  # out here nothing of what failed is alive
+            self._chosen[key] = self.levels
+
+    def images_at_once(self, height: int, width: int) -> int:
+        """How many images of a batch are differentiated at a time where a level is reversible."""
+        return max(1, PIXELS_AT_ONCE * self.config.shuffle**2 // (height * width))
 
     def _parts(self, operator: LinearOperator, y: Tensor, back_projection: Tensor, *of_images: Tensor
                ) -> list[tuple[Tensor, ...]]:
@@ -220,9 +254,9 @@ class IDM(ModelMixin, ConfigMixin):
         Backward then has the graphs of these alone.  The images must be measured alike.
         """
         tensors, (batch, _, height, width) = (y, back_projection, *of_images), back_projection.shape
-        size = max(1, PIXELS_AT_ONCE * self.config.shuffle**2 // (height * width))
+        size = self.images_at_once(height, width)
         apart = getattr(operator, "same_for_all", False)  # another library's operator may hold something of each image
-        if size >= batch or self.invertible == "none" or not (apart and torch.is_grad_enabled()):
+        if size >= batch or self.levels == "none" or not (apart and torch.is_grad_enabled()):
             return [tensors]
         return list(zip(*(each.expand(batch, *each.shape[1:]).split(size) for each in tensors), strict=True))
 
@@ -234,7 +268,7 @@ class IDM(ModelMixin, ConfigMixin):
         chain = self.steps if last == self.config.num_steps else self.steps[-last:]
         x, h = chain(x, self.input_scale * x, contexts, store_every=self.store_every,
                      keep_last=keep_last and self.store_every is not None,
-                     reversible=self.invertible in ("both", "sampling"))
+                     reversible=self.levels in ("both", "sampling"))
         return x + self.merge_scale * h
 
     def _zero_of_all_parameters(self) -> Tensor:

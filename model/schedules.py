@@ -1,7 +1,8 @@
 """Noise schedules by name: ᾱ_0 = 1, ᾱ_1, …, ᾱ_T, the share of signal that is left at each step (paper, section 3.1).
 
 A schedule is a module `Schedule(num_steps, **settings)`; its forward takes the back-projection (batch, channels, H, W)
-and returns ᾱ, (batch, T + 1) where it depends on the image and (1, T + 1) where it does not.
+and returns ᾱ, (batch, T + 1) where it depends on the image and (1, T + 1) where it does not.  It stays in fp32
+where the network is cast to half precision, being a `FullPrecisionModule`.
 """
 import math
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precision import FullPrecisionModule
 
-class LearnedSchedule(nn.Module):
+
+class LearnedSchedule(FullPrecisionModule):
     """ᾱ_t = α_1 ⋯ α_t with the α's learned, as published; nothing keeps a learned α below 1, or the ᾱ's in order.
 
     Args:
@@ -30,7 +33,7 @@ class LearnedSchedule(nn.Module):
         return torch.cat((alpha.new_ones(1), alpha_bar))[None]
 
 
-class DynamicSchedule(nn.Module):
+class DynamicSchedule(FullPrecisionModule):
     """ᾱ_t = α_1 ⋯ α_t with α_t = 1 − β_t, β_t = (1 − cos(π t / (2T))) / s + γ Φ(A⁺y), of "Reverse Anything".
 
     γ is learned, initially 0; Φ is a small network that maps the back-projection A⁺y to one number.

@@ -8,8 +8,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import redraw
-from benchmarks.memory import FollowTensors
 from benchmarks.scaling import CountFlops
+from model.memory import FollowTensors
 
 
 @pytest.mark.parametrize("fake", [False, True])

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from diffusers.models import attention as diffusers_attention
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.memory import FollowTensors
 from model import IDM, BlockCompressedSensing, feed_forward
 from model.feed_forward import FeedForward
+from model.memory import FollowTensors
 
 
 def peak(num_steps: int, size: tuple[int, int], precision: torch.dtype | None = None) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from model.memory import leaner
 from utils import distributed
 from utils.devices import memory_suffices
 from utils.evaluation.speed import compile_blocks
@@ -92,7 +93,7 @@ def train_epoch(run: Run, epoch: Epoch, step: Step, batches: Batches, stop: thre
         while progress.iteration < epoch.end:
             with memory_suffices("for a training step: choose a smaller --batch_size or --patch_size, or "
                                  "--invertible both"):
-                loss, norm = step(run, batches)
+                loss, norm = step_that_fits(run, step, batches)
             bar.update()
             epoch.point(loss, norm)
             save_due = process.is_main and time.monotonic() - saved > 60 * settings.save_minutes
@@ -107,6 +108,24 @@ def train_epoch(run: Run, epoch: Epoch, step: Step, batches: Batches, stop: thre
                 run.save()
                 saved = time.monotonic()
     return True
+
+
+def step_that_fits(run: Run, step: Step, batches: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """One iteration; with --invertible auto and one process, again with less memory where it runs out before the
+    weights are moved.  Several processes cannot: the others would wait for gradients."""
+    settings = run.settings
+    if settings.invertible != "auto" or "invertible" in settings.without or run.process.world_size > 1:
+        return step(run, batches)
+    kept = [next(batches) for _ in run.slots]
+    while True:
+        try:
+            return step(run, iter(kept))
+        except torch.OutOfMemoryError:
+            if run.net.invertible == "both":
+                raise
+        run.optimizer.zero_grad()  # out here nothing of what failed is alive
+        run.net.invertible = leaner(run.net.invertible)
+        run.report(f"not enough memory after all: goes on with --invertible {run.net.invertible}")
 
 
 def give_up_if_nothing_is_finite(run: Run) -> None:

@@ -92,8 +92,9 @@ class Settings:
                                         "with the area then", type=integer(1))
     precision: str | None = flag(None, "if not given: on GPUs bf16 where they have it, else fp16; on CPUs fp32",
                                  choices=tuple(PRECISIONS))
-    invertible: str = flag("both", "levels that keep no activations; none is fastest where memory suffices",
-                           choices=("both", "sampling", "unet", "none"), decides=False)
+    invertible: str | None = flag(None, "levels that keep no activations; auto is the fastest that fits the memory; if "
+                                  "not given: on GPUs auto, on CPUs both",
+                                  choices=("auto", "both", "sampling", "unet", "none"), decides=False)
     compile: bool = flag(False, "compile the blocks of the U-Net, which takes minutes at the start",
                          action="store_true", decides=False)
     seed: int = flag(TEST_SEED, "of the crops, operators and fresh weights; tests measure with the matrix of 2025, "

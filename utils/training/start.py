@@ -1,5 +1,6 @@
 """How a training run begins, or is taken up again from the state in its folder."""
 import math
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from model import IDM, WeightsError, checkpoint
+from model.memory import FASTEST_FIRST, choose, free_bytes
 from model.operators import OperatorError, check_operator
 from model.settings import for_both
 from model.weight_files import read_config
 from utils import files
 from utils.data.crops import NAMED, TrainingCrops
 from utils.data.testsets import Picture, load_testset
-from utils.devices import memory_suffices
+from utils.devices import PRECISIONS, memory_suffices
 from utils.distributed import Process
 from utils.errors import UserError, listed
 from utils.training.log import TrainingLog
@@ -46,7 +48,8 @@ def open_run(settings: Settings, process: Process, build: Builder | None = None,
 
     Returns the run, and the record of its last epoch where the tests after that are still to be done.
     """
-    settings = replace(settings, precision=settings.precision or default_precision(process))
+    settings = replace(settings, precision=settings.precision or default_precision(process),
+                       invertible=settings.invertible or ("auto" if process.device.type == "cuda" else "both"))
     check_agreement(process, settings.shared())
     lock = None
     if process.is_main:
@@ -65,6 +68,8 @@ def open_run(settings: Settings, process: Process, build: Builder | None = None,
     check_operators(settings)
     run = build_run(settings, process, crops, state, build or build_idm)
     run.testset, run.lock = testset, lock
+    if settings.invertible == "auto" and "invertible" not in settings.without:
+        notes.append(choose_reversal(run))
     if process.is_main:
         run.log = TrainingLog(settings.log_dir, settings.name, run.progress.iteration)
         notes.append(run.log.notice)
@@ -76,6 +81,19 @@ def open_run(settings: Settings, process: Process, build: Builder | None = None,
         if resumed:
             run.report(f"resumed from iteration {run.progress.iteration}")
     return run, state.unlogged if resumed else None
+
+
+def choose_reversal(run: Run) -> str:
+    """Set what --invertible auto means on the process with the least memory; returns what there is to say about it."""
+    settings, device, side = run.settings, run.process.device, run.settings.patch_size
+    free = free_bytes(device)
+    if free is not None and device.type == "cpu":  # which the processes of a machine share
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    half = PRECISIONS[settings.precision] if settings.precision != "fp32" else None
+    choice = choose(run.net, (settings.batch_size, run.net.config.in_channels, side, side), device, half, free)
+    choice = max(run.process.all_gather(choice), key=lambda each: FASTEST_FIRST.index(each.levels))
+    run.net.invertible = choice.levels
+    return f"--invertible auto is {choice}"
 
 
 def default_precision(process: Process) -> str:
@@ -242,7 +260,7 @@ def build_idm(settings: Settings, process: Process, config: dict[str, Any] | Non
     check_fits(net, settings)
     if settings.attention_window:
         net.attention_window = settings.attention_window
-    net.invertible = settings.invertible
+    net.invertible = "both" if settings.invertible == "auto" else settings.invertible
     return net
 
 
