@@ -1,9 +1,10 @@
 # make demo: install into .venv and reconstruct eight photographs.  make test: lint and the tests that take seconds;
-# make test-all: also those that start and kill many processes.  make app: a page in a browser, on this machine alone.
+# make test-all: also those that start and kill many processes, and deepinv's; make app: a page in a browser.
 PYTHON ?= python3
 VENV := .venv
 
 APP := .venv-app
+DEEPINV := .venv-deepinv
 
 .PHONY: demo app test test-all
 
@@ -18,8 +19,9 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-test-all: test $(APP)/installed
+test-all: test $(APP)/installed $(DEEPINV)/installed
 	$(VENV)/bin/python -m pytest -m slow
+	$(DEEPINV)/bin/python -m pytest tests/model/test_deepinv.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,9 +32,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-$(APP)/installed: $(VENV)/installed requirements-app.txt
-	$(PYTHON) -m venv $(APP)
+$(DEEPINV)/installed: FLAGS := --no-deps
+.venv-%/installed: $(VENV)/installed-dev requirements-%.txt
+	$(PYTHON) -m venv .venv-$*
 	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> "$$($(APP)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(APP)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
+		> "$$(.venv-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(FLAGS) -r requirements-$*.txt
 	@touch $@

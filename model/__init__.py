@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .idm import IDM
-    from .operators import BlockCompressedSensing, LinearOperator, OperatorError, check_operator
+    from .operators import BlockCompressedSensing, LinearOperator, OperatorError, as_deepinv, check_operator
     from .self_ensemble import SelfEnsemble
     from .weight_files import WeightsError
 
 _MODULES = {"IDM": "idm", "BlockCompressedSensing": "operators", "LinearOperator": "operators",
             "OperatorError": "operators", "SelfEnsemble": "self_ensemble", "WeightsError": "weight_files",
-            "check_operator": "operators"}
+            "as_deepinv": "operators", "check_operator": "operators"}
 
 __all__ = ["IDM", "BlockCompressedSensing", "LinearOperator", "OperatorError", "SelfEnsemble", "WeightsError",
-           "check_operator"]
+           "as_deepinv", "check_operator"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from .check import OperatorError, check_operator, warn_if_wrong
 from .cs import BlockCompressedSensing, number_of_measurements, random_sampling_matrix
 from .ct import CT
 from .deblurring import Deblurring
+from .deepinv_physics import as_deepinv
 from .hadamard import HadamardSensing
 from .inpainting import Inpainting
 from .matrix import MatrixSensing
@@ -25,5 +26,5 @@ OPERATORS = {
 
 __all__ = ["CT", "MRI", "OPERATORS", "BlockCompressedSensing", "Deblurring", "HadamardSensing", "Inpainting",
            "LinearOperator", "MatrixSensing", "MultiCoilMRI", "OperatorError", "PaddedOperator", "SuperResolution",
-           "TransformedOperator", "check_operator", "dagger", "is_tight", "number_of_measurements",
+           "TransformedOperator", "as_deepinv", "check_operator", "dagger", "is_tight", "number_of_measurements",
            "random_sampling_matrix", "warn_if_wrong"]

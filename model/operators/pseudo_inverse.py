@@ -5,7 +5,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
+from ..recompute import refuse_hidden
 from .least_squares import System, damped_inverse, per_image
 
 ROUNDING = 1e-2  # relative; another library's iterations may stop there
@@ -70,4 +72,21 @@ def _measured_way(operator: nn.Module, y: Tensor) -> Way:
     seen = operator.A(t)
     if returns(operator.A_adjoint(seen)):
         return Way.ADJOINT
-    return Way.A_DAGGER if hasattr(operator, "A_dagger") and returns(operator.A_dagger(seen)) else Way.SOLVE
+    own = hasattr(operator, "A_dagger") and returns(operator.A_dagger(seen)) and _differentiable(operator, seen)
+    return Way.A_DAGGER if own else Way.SOLVE
+
+
+def _differentiable(operator: nn.Module, y: Tensor) -> bool:
+    """Return whether A_dagger's graph leads to y and what the operator keeps, and to nothing else.
+
+    A solver of deepinv reads a tensor of its own, by which it notices backward; the engine would refuse it.
+    """
+    y = y.detach().requires_grad_()
+    with torch.enable_grad():
+        x = operator.A_dagger(y)
+    known = [y, *operator.parameters(), *operator.buffers()]
+    try:
+        refuse_hidden([get_gradient_edge(x)] if x.requires_grad else [], known)
+    except TypeError:
+        return False
+    return x.requires_grad
