@@ -4,8 +4,9 @@
     python benchmarks/gradient_fidelity.py --parts half_full --batch_size 8 --crop 256 --device cuda
 
 Parts, each for a network:
-reversal_*   "both" against "none" in the same precision, T in --steps, level one stored (store_every 1) or inverted;
+reversal_*   "both" against "none" in the same precision, T in --steps, streams stored (store_every 1) or inverted;
              and, for scale, "none" against itself where y is changed in its last bit
+small_v_*    "both" against "none", level two's v's all alike, for each of --v, streams stored or inverted
 half_*       a half-precision step against an fp32 one, T = 3
 ablate_*     each ingredient by itself: kept in fp32 in a half-precision step where autocast alone decides, or alone in
              half in an fp32 step, T = 3
@@ -23,6 +24,7 @@ Losses are scaled by 4096.  Each part replaces its own results in the JSON file;
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -131,7 +133,7 @@ def network(name: str, args: argparse.Namespace, steps: int = 3) -> IDM:
 
 def reversal(name: str, args: argparse.Namespace, setting: Setting) -> list[Row]:
     rows, y = [], setting.operator.A(setting.x)
-    variants = {"reversible, level one stored": ("both", 1, y), "reversible, level one inverted": ("both", None, y),
+    variants = {"reversible, streams stored": ("both", 1, y), "reversible, streams inverted": ("both", None, y),
                 "plain, y's last bit changed": ("none", 1, y.nextafter(y + 1))}
     for steps in args.steps:
         net = network(name, args, steps)
@@ -142,6 +144,31 @@ def reversal(name: str, args: argparse.Namespace, setting: Setting) -> list[Row]
             for label, (net.invertible, net.store_every, measurement) in variants.items():
                 _, ours, _ = gradients(net, setting, precision, y=measurement)
                 rows.append(({"precision": precision, "T": steps, "step": label}, compare(ours, plain, groups)))
+    return rows
+
+
+def small_v(name: str, args: argparse.Namespace, setting: Setting) -> list[Row]:
+    rows = []
+    for steps in [3] if name == "compact" else args.steps:
+        for v in args.v:
+            net = network(name, args, steps)
+            groups = parameter_groups(net)
+            with torch.no_grad():  # fresh weights are perturbed, since some of them are 0
+                for parameter_name, parameter in net.named_parameters():
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+                    if parameter_name.startswith("unet.") and parameter_name.endswith(".v"):
+                        parameter.fill_(v)
+            for precision in args.precisions:
+                net.invertible, net.store_every = "none", 1
+                _, plain, _ = gradients(net, setting, precision)
+                net.invertible = "both"
+                inverted = [("inverted", None)] if precision == "fp32" and v >= 0.05 else []  # else there is no bound
+                for step, net.store_every in (("stored", 1), *inverted):
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of what is measured here
+                        _, ours, _ = gradients(net, setting, precision)
+                    label = {"precision": precision, "T": steps, "v": v, "step": step}
+                    rows.append((label, compare(ours, plain, groups)))
     return rows
 
 
@@ -231,6 +258,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--steps", type=lambda text: [int(number) for number in text.split(",")],
                         default=[1, 2, 3, 4, 5, 6], help="T's, for reversal")
+    parser.add_argument("--v", type=lambda text: [float(number) for number in text.split(",")],
+                        default=[1, 0.5, 0.2, 0.1, 0.05, 0.01, 0], help="for small_v")
     parser.add_argument("--precisions", type=words(PRECISIONS), default=[*PRECISIONS],
                         help=f"of {', '.join(PRECISIONS)}")
     parser.add_argument("--native", action="store_true",
@@ -266,7 +295,8 @@ def main() -> None:
 def settings(part: str, options: dict) -> dict:
     """What a part was measured with: where a flag is not about it, what stands in its place."""
     width = options["width"] if part.endswith("narrow") else "of the weights" if part.endswith("compact") else 320
-    steps = options["steps"] if part.startswith("reversal") else [1] if part == "chain" else [3]
+    various = part.startswith(("reversal", "small_v")) and not part.endswith("compact")
+    steps = options["steps"] if various else [1] if part == "chain" else [3]
     return options | {"width": width, "steps": steps}
 
 
@@ -282,9 +312,10 @@ def words(known) -> Callable[[str], list[str]]:
 
 
 PARTS = {f"{measure.__name__}_{name}": partial(measure, name)
-         for measure in (reversal, half, ablate) for name in ("narrow", "compact", "full")
-         if (measure, name) != (reversal, "compact")} | {"chain": chain}  # whose T is 3
-DEFAULT_PARTS = [part for part in PARTS if part not in ("reversal_full", "ablate_full")]  # those take hours on a CPU
+         for measure in (reversal, small_v, half, ablate) for name in ("narrow", "compact", "full")
+         if (measure, name) != (reversal, "compact")} | {"chain": chain}
+HOURS = ("reversal_full", "small_v_full", "ablate_full")  # on a CPU
+DEFAULT_PARTS = [part for part in PARTS if part not in HOURS]
 
 if __name__ == "__main__":
     run(main)

@@ -4,7 +4,7 @@ from pathlib import Path
 from benchmarks.half_precision import ALWAYS_FULL
 from utils.devices import PRECISIONS
 
-LABELS = ("precision", "chain", "T", "step", "in fp32", "in half")
+LABELS = ("precision", "chain", "T", "v", "step", "in fp32", "in half")
 IN_FULL_PRECISION = ("conv_in", "conv_out", "injectors' maps", *ALWAYS_FULL)
 Row = tuple[dict, dict]  # what was measured: label, numbers
 
@@ -44,13 +44,14 @@ def show(part: str, rows: list[dict]) -> None:
 
 
 def draw(results: dict, path: Path) -> None:
-    """1 - cosine against T, and what each ingredient costs where that was measured."""
+    """1 - cosine against T, the error against v, and what each ingredient costs where that was measured."""
     from benchmarks.pictures import plt, save
 
     ablation = [row for row in results.get("ablate_compact", {}).get("rows", ())
                 if "in half" in row and row["precision"] == "bf16"]
-    figure, ((left, *right),) = plt.subplots(1, 1 + bool(ablation), figsize=(10 if ablation else 6, 4.6),
-                                             squeeze=False, layout="constrained")
+    figure, ((left, middle, *right),) = plt.subplots(1, 2 + bool(ablation), figsize=(15 if ablation else 10, 4.6),
+                                                     squeeze=False, layout="constrained")
+    _draw_small_v(middle, results.get("small_v_narrow", {}).get("rows", []))
     rows = results.get("reversal_narrow", {}).get("rows", [])
     for precision, colour in zip(PRECISIONS, ("tab:blue", "tab:red", "tab:green"), strict=True):
         for step, style in (("stored", "-o"), ("inverted", "--v"), ("changed", ":x")):
@@ -68,3 +69,16 @@ def draw(results: dict, path: Path) -> None:
     if left.lines:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=4 if right else 2, fontsize=8)
     save(figure, path, dpi=120)
+
+
+def _draw_small_v(axes, rows: list[dict]) -> None:
+    """Relative error of the gradient in fp32 against v of level two; 0 is drawn at the precision's own rounding."""
+    for steps, style in ((3, "-"), (6, "--")):
+        for step, colour in (("stored", "tab:blue"), ("inverted", "tab:red")):
+            line = [row for row in rows if (row["precision"], row["T"], row["step"]) == ("fp32", steps, step)]
+            axes.plot([row["v"] for row in line], [max(row["relative_error"], 1e-8) for row in line], style + "o",
+                      color=colour, markersize=4, label=f"streams {step}, T = {steps}")
+    axes.set(yscale="log", xlabel="v of every coupling of level two", title="fp32, perturbed fresh narrow network",
+             ylabel="relative error of the gradient (0 at 1e-8)")
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.legend(fontsize=8)
