@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_EPOCH = 50  # of the files that the authors give away
 BESIDE = Path(__file__).resolve().parents[1] / "weight"  # the folder that comes with the programs
+TUNED = ("inpainting", "super_resolution", "mri", "ct")  # what the weights in weight/operators were trained for
 
 
 def weight_folders() -> list[Path]:
@@ -33,7 +34,7 @@ class WeightFlags:
 
     def find(self, measurement: Measurement) -> Path:
         """Return the path of what --weights names; else of the published file of this measurement, else of the folder
-        that train.py leaves, else of the compact weights.
+        that train.py leaves, else of the small weights that come along.
 
         Raises UserError where there is nothing, or an epoch is asked for that is not there.
         """
@@ -48,11 +49,11 @@ class WeightFlags:
         for run in dict.fromkeys(folder / each for each in (name, quiet) for folder in folders):
             if found := self._in_run(run):
                 return found
-        compact = [folder / "compact" for folder in folders]
-        if found := [path for path in compact if path.exists()]:
+        small = [folder / each for folder in folders for each in small_weights(measurement)]
+        if found := [path for path in small if path.exists()]:
             return found[0]
         raise UserError(f"there are no weights for {measurement.title}, neither {folders[0] / name / self.file} nor "
-                        f"{compact[0]}; train them with train.py, or name others with --weights")
+                        f"{folders[0] / 'compact'}; train them with train.py, or name others with --weights")
 
     @property
     def file(self) -> str:
@@ -99,6 +100,12 @@ class WeightFlags:
             why = "--weights names them" if self.weights else "these weights are the only ones there"
             notes.append(f"{why}; --epoch {self.epoch} does not apply")
         return notes
+
+
+def small_weights(measurement: Measurement) -> list[str]:
+    """Return the folders of the weights that come along, those first that were trained for the most alike."""
+    tuned = ["operators"] if measurement.operator in TUNED else ["noisy"] * (max(measurement.noise) > 0)
+    return [*tuned, "compact"]
 
 
 def load_network(path: Path, device: torch.device) -> "IDM":

@@ -391,6 +391,18 @@ def test_weights_of_other_steps_are_noted(place):
         assert flags.notes(path, net, Measurement()) == []
 
 
+def test_the_weights_that_come_along_are_those_trained_for_the_most_alike(tmp_path):
+    for name in ("compact", "operators", "noisy"):
+        (tmp_path / name).mkdir()
+    flags = WeightFlags(model_dir=tmp_path)
+    for measurement, name in ((Measurement(), "compact"), (Measurement(noise=(0.0, 0.05)), "noisy"),
+                              (Measurement("inpainting", {}), "operators"), (Measurement("deblurring", {}), "compact"),
+                              (Measurement("ct", {}, noise=(0.1, 0.1)), "operators")):
+        assert flags.find(measurement) == tmp_path / name
+    (tmp_path / "operators").rmdir()
+    assert flags.find(Measurement("mri", {})) == tmp_path / "compact"
+
+
 @torch.no_grad()
 def test_fewer_steps_than_those_of_named_weights_shorten_the_chain(tmp_path):
     torch.manual_seed(0)
