@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import architecture, gradient_fidelity_report, memory, teaser  # noqa: E402
+from benchmarks import architecture, gradient_fidelity_report, memory, operators_report, teaser  # noqa: E402
 from benchmarks.pictures import plt, save  # noqa: E402
 from utils.comparison.published import RATIOS, published_averages  # noqa: E402
 
@@ -74,6 +74,7 @@ DRAWINGS = {
     "memory.png": lambda path: memory.draw(results("benchmarks/memory"), path),
     "time.png": lambda path: time(results("benchmarks/training_step"), results("benchmarks/inference"), path),
     "gradient_fidelity.png": lambda path: gradient_fidelity_report.draw(results("benchmarks/gradient_fidelity"), path),
+    "operators.png": operators_report.draw,
     "teaser.png": teaser.draw,
 }
 

@@ -314,6 +314,30 @@ def test_a_step_without_enough_memory_says_what_to_do(call, monkeypatch, capsys,
                                        "--batch_size or --patch_size, or --invertible both\n")
 
 
+def test_auto_takes_what_fits_and_less_where_memory_runs_out_all_the_same(call, monkeypatch, tmp_path, capsys):
+    """The iteration is repeated with the same crops: the weights are those of a run that held less from the start."""
+    step = train.train_step
+
+    def exhausted(run, batches):
+        if run.net.invertible == "none" and run.progress.iteration == 1:
+            next(batches)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(run, batches)
+
+    call("--invertible", "sampling", place=tmp_path / "lean")
+    capsys.readouterr()
+    monkeypatch.setattr(train, "train_step", exhausted)
+    call("--invertible", "auto")
+    out = capsys.readouterr().out
+    assert "note       --invertible auto is none: a step is expected to hold 0.0" in out
+    assert out.count("not enough memory after all: goes on with --invertible sampling") == 1
+    ours, lean = weights(tmp_path), weights(tmp_path / "lean")
+    assert all(torch.allclose(ours[name], lean[name], atol=1e-6) for name in lean)
+    monkeypatch.setattr("model.memory.step_bytes", lambda *_: 10**15)
+    call("--invertible", "auto", "--epoch", "3")  # goes on, and nothing fits
+    assert "--invertible auto is both: a step is expected to hold 1e+06 GB" in capsys.readouterr().out
+
+
 def test_tests_that_a_kill_prevented_are_made_up_for(call, whole, monkeypatch, tmp_path, capsys):
     """In the middle of a run and at its end; with the scores of a run that was not killed."""
     test, ends = report.test, {2, 4}
