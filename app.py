@@ -46,7 +46,9 @@ CSS = """
 #title p {opacity: .75}
 #samples .grid-wrap {overflow: hidden}
 #samples .grid-container {gap: 6px}
-#drop {min-height: 92px}
+#samples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr))}
+#samples .thumbnail-lg {min-width: 0}
+#drop {min-height: 116px}
 #drop .wrap {font-size: 14px; line-height: 1.3}
 #scores .numbers {display: flex; justify-content: space-around; text-align: center}
 #scores b {display: block; font-size: 26px; font-variant-numeric: tabular-nums}
@@ -274,7 +276,7 @@ def build(page: Page) -> gr.Blocks:
                 samples = gr.Gallery([shown(picture) for picture in page.samples], show_label=False, columns=4,
                                      height=216, object_fit="cover", allow_preview=False, interactive=False,
                                      elem_id="samples", buttons=[])
-                file = gr.File(show_label=False, height=92, elem_id="drop")
+                file = gr.File(show_label=False, height=116, elem_id="drop")
                 ratio = gr.Slider(1, 100, 10, step=1, label="Ratio, in %: numbers measured / pixels", elem_id="ratio")
                 with gr.Row():
                     operator = gr.Dropdown(usable_operators(), value="cs", label="Operator", elem_id="operator")

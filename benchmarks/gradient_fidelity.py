@@ -107,6 +107,8 @@ def compare(ours: Gradients, reference: Gradients, groups: dict[str, str]) -> di
 
     def off(names: Iterable[str]) -> float:  # half the squared distance of the unit vectors: no digits are lost
         a, b = norm(ours[name] for name in names), norm(reference[name] for name in names)
+        if not (a and b):  # a group that has no part in it, or has it in one only
+            return float(a != b)
         return norm(ours[name].double() / a - reference[name].double() / b for name in names) ** 2 / 2
 
     members = {group: [name for name in reference if groups[name] == group] for group in set(groups.values())}

@@ -1,6 +1,7 @@
 """Draw every picture of README anew, from the results that are in the repository.
 
     python benchmarks/redraw.py
+    python benchmarks/redraw.py psnr.png teaser.png
 """
 import json
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import architecture, gradient_fidelity_report, memory, operators_report, teaser  # noqa: E402
+from benchmarks import architecture, gradient_fidelity_report, memory, operators_report, screenshots, teaser  # noqa: E402
 from benchmarks.pictures import plt, save  # noqa: E402
 from utils.comparison.published import RATIOS, published_averages  # noqa: E402
 
@@ -74,6 +75,8 @@ DRAWINGS = {
     "memory.png": lambda path: memory.draw(results("benchmarks/memory"), path),
     "time.png": lambda path: time(results("benchmarks/training_step"), results("benchmarks/inference"), path),
     "gradient_fidelity.png": lambda path: gradient_fidelity_report.draw(results("benchmarks/gradient_fidelity"), path),
+    "app.png": screenshots.app,
+    "report.png": screenshots.report,
     "operators.png": operators_report.draw,
     "teaser.png": teaser.draw,
 }
@@ -86,4 +89,4 @@ def main(folder: Path = FIGURES, names: Iterable[str] = DRAWINGS) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(names=sys.argv[1:] or DRAWINGS)
