@@ -56,11 +56,11 @@ def draw(results: dict, path: Path) -> None:
     for precision, colour in zip(PRECISIONS, ("tab:blue", "tab:red", "tab:green"), strict=True):
         for step, style in (("stored", "-o"), ("inverted", "--v"), ("changed", ":x")):
             line = [row for row in rows if row["precision"] == precision and row["step"].endswith(step)]
-            left.semilogy([row["T"] for row in line], [row["off"] for row in line], style, color=colour,
+            left.semilogy([row["T"] for row in line], [max(row["off"], 1e-13) for row in line], style, color=colour,
                           markersize=4, label=f"{precision}, {line[0]['step']}" if line else None)
     left.axhline(1e-4, color="grey", linewidth=1, label="cosine 0.9999")
-    left.set(xlabel="T", title="reversible against plain, fresh narrow network")
-    left.set_ylabel("1 - cosine to plain autograd, same precision")
+    left.set(xlabel="T", title="against plain autograd in the same precision")
+    left.set_ylabel("1 - cosine to plain autograd (0 at 1e-13)")
     ablation.sort(key=lambda row: row["fixed_signs"]["relative_error"])
     for axes in right:
         axes.barh([row["in half"] for row in ablation], [row["fixed_signs"]["relative_error"] for row in ablation],
@@ -78,7 +78,8 @@ def _draw_small_v(axes, rows: list[dict]) -> None:
             line = [row for row in rows if (row["precision"], row["T"], row["step"]) == ("fp32", steps, step)]
             axes.plot([row["v"] for row in line], [max(row["relative_error"], 1e-8) for row in line], style + "o",
                       color=colour, markersize=4, label=f"streams {step}, T = {steps}")
-    axes.set(yscale="log", xlabel="v of every coupling of level two", title="fp32, perturbed fresh narrow network",
+    axes.set(yscale="log", xlabel="v of every coupling of level two", title="the same in fp32, perturbed weights",
              ylabel="relative error of the gradient (0 at 1e-8)")
     axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xlim(-0.002, 1.3)
     axes.legend(fontsize=8)
