@@ -12,7 +12,6 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from baselines.ddpm import NORM_GROUPS, noise_loss, schedule, small_unet
-from train import update
 from utils import distributed, errors
 from utils.devices import computing_in
 from utils.files import write_folder_atomic
@@ -23,6 +22,7 @@ from utils.training.run import Run
 from utils.training.settings import NO_TESTS, Settings, flag, other_default, parse_settings
 from utils.training.start import open_run
 from utils.training.state import seed_all
+from utils.training.update import update
 
 
 def widths(text: str) -> tuple[int, ...]:
