@@ -71,7 +71,7 @@ def network(width: int, device: str, plain: bool = False) -> IDM:
     torch.manual_seed(0)
     with torch.device(device):
         net = (IDM.compact(width) if width == 64 else IDM((width, 2 * width))).eval()
-    return net if plain else net.to(memory_format=torch.channels_last)
+    return net if plain or device == "cpu" else net.to(memory_format=torch.channels_last)  # as test.py has it
 
 
 def operator_for(batch: int, size: Size, device: str) -> BlockCompressedSensing:

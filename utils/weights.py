@@ -114,4 +114,6 @@ def load_network(path: Path, device: torch.device) -> "IDM":
 
     net = IDM.from_checkpoint(path).eval()
     with memory_suffices(f"for the network on {device}; choose another --device"):
+        if device.type == "cpu":  # where channels last make the compact network a quarter slower
+            return net
         return net.to(device, memory_format=torch.channels_last)  # what GPUs' convolutions take in half precision
