@@ -2,8 +2,8 @@
 
     python benchmarks/operators.py --data_dir data
 
-Eight photographs, the Samples, for all but noisy compressed sensing, which is measured on Set11. The table goes into
-docs/operators.md; the picture strip is drawn by redraw.py, of one photograph.
+Eight photographs, the Samples, for all but noisy compressed sensing, which is measured on Set11; MRI and CT of the
+Shepp-Logan phantom, too. The table goes into docs/operators.md; redraw.py draws the picture strip, of one photograph.
 """
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from skimage.data import shepp_logan_phantom
 from skimage.restoration import denoise_tv_chambolle, inpaint_biharmonic
 from skimage.transform import iradon, resize
 from torch import Tensor
@@ -102,9 +103,18 @@ TASKS = [
     Task("super-resolution 4×", Measurement("super_resolution", {"factor": 4}), bicubic),
     Task("MRI 4×, of photographs", Measurement("mri", {"acceleration": 4.0}), zero_filled),
     Task("CT, 30 views, of photographs", Measurement("ct", {"angles": 30}), filtered_back_projection),
+    Task("MRI 4×, of a phantom", Measurement("mri", {"acceleration": 4.0}), zero_filled, testset="Shepp-Logan"),
+    Task("CT, 30 views, of a phantom", Measurement("ct", {"angles": 30}), filtered_back_projection,
+         testset="Shepp-Logan"),
     noisy(0.02, 0.01),
     noisy(0.05, 0.02),
 ]
+
+
+def phantom() -> Picture:
+    """scikit-image's phantom of a head, 400×400, at 256×256."""
+    image = resize(shepp_logan_phantom(), (256, 256), anti_aliasing=True)
+    return Picture("phantom", np.clip(255 * image, 0, 255).round().astype(np.uint8))
 
 
 def answers(task: Task, weights: Path) -> Iterator[tuple[str, Network]]:
@@ -139,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "operators.json", help="goes on from it")
     parser.add_argument("--report", type=file_path, default=ROOT / "docs" / "operators.md")
     args = parser.parse_args()
-    pictures = {name: load_testset(name, args.data_dir) for name in ("Samples", "Set11")}
+    pictures = {name: load_testset(name, args.data_dir) for name in ("Samples", "Set11")} | {"Shepp-Logan": [phantom()]}
     results = load_results(args.out) or {"machine": machine(), "scores": {}}
     measure(pictures, args.weights, results, lambda: save_results(args.out, results))
     show(results, {task.title: (task.testset, task.classical_name) for task in TASKS}, args.report)
