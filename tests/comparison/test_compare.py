@@ -77,12 +77,13 @@ def test_values_from_16_to_235_are_told_and_other_faults_are_not_taken_for_them(
     truth = cv2.GaussianBlur(RNG.integers(0, 256, (64, 64), dtype=np.uint8), (0, 0), 2).astype(float)
     truth = 255 * (truth - truth.min()) / (truth.max() - truth.min())
     picture = Picture("a", truth.round().astype(np.uint8))
-    noisy = truth + RNG.normal(0, 5, truth.shape)
+    noisy, worse = (truth + RNG.normal(0, sigma, truth.shape) for sigma in (5, 25))
     for name, pixels in (("limited", 16 + noisy * 219 / 255), ("noise", noisy), ("blur", cv2.blur(truth, (9, 9))),
+                         ("limited, of little quality", 16 + worse * 219 / 255), ("much noise", worse),
                          ("bright", truth + 16), ("flat", np.full(truth.shape, truth.mean()))):
         write(tmp_path / name / "a.png", pixels.round().clip(0, 255).astype(np.uint8))
         told = [remark for remark in score_method(name, tmp_path / name, [picture]).remarks if remark.kind == "range"]
-        assert len(told) == (name == "limited")
+        assert len(told) == name.startswith("limited")
         assert all("values from 16 to 235 instead of 0 to 255" in remark.text for remark in told)
 
 

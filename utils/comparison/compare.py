@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.evaluation.metrics import psnr, ssim
 from utils.flags import percent
 
-LIMITED_RANGE = 3  # dB that stretching 16..235 to 0..255 must gain for values to be taken for such
+LIMITED_RANGE = 3  # dB that stretching 16..235 to 0..255 must gain for values to be taken for such, of coarse pictures
 PSNR_TOLERANCE = 0.1  # dB by which a file's name may differ from what the file scores
 SSIM_TOLERANCE = 0.01  # its kinds differ by some thousandths: windows uniform or Gaussian, borders with or without
 
@@ -198,8 +198,9 @@ def _score(method: Method, picture: Picture, path: Path) -> None:
         return
     score = Score(path, psnr(picture.luminance, luminance), ssim(picture.luminance, luminance), ycrcb is not None)
     method.scores[picture.name] = score
-    stretched = psnr(picture.luminance, (luminance - 16.0) * 255 / 219)
-    if stretched > score.psnr + LIMITED_RANGE:
+    coarse_truth, coarse = _coarse(picture.luminance), _coarse(luminance)
+    if psnr(coarse_truth, _stretched(coarse)) > psnr(coarse_truth, coarse) + LIMITED_RANGE:
+        stretched = psnr(picture.luminance, _stretched(luminance))
         text = (f"{picture.name} seems to have values from 16 to 235 instead of 0 to 255: it scores {score.psnr:.2f} "
                 f"dB, {stretched:.2f} dB if they are stretched")
         method.remarks.append(Remark("range", text, picture.name, path.name))
@@ -210,6 +211,16 @@ def _score(method: Method, picture: Picture, path: Path) -> None:
             if shown.endswith("dB") and 0 < claimed - scored <= tolerance + rounding_effect(claimed) < np.inf:
                 text += ", as rounding to 8 bits may explain"
             method.remarks.append(Remark("claim", text, picture.name, path.name))
+
+
+def _coarse(luminance: np.ndarray) -> np.ndarray:
+    """Return means over squares of 16x16, which tell the range of values from what a reconstruction lacks in detail."""
+    height, width = (min(side, max(4, side // 16)) for side in luminance.shape)
+    return cv2.resize(luminance.astype(np.float64), (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _stretched(luminance: np.ndarray) -> np.ndarray:
+    return (luminance - 16.0) * 255 / 219
 
 
 def _average(scores: Iterable[Score | Recorded]) -> Average:
