@@ -20,8 +20,9 @@ from utils.comparison.matching import claimed_psnr, claimed_ssim, match
 from utils.comparison.published import Published
 from utils.data.images import list_pictures, read_picture
 from utils.data.testsets import Picture
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.evaluation.metrics import psnr, ssim
+from utils.files import csv_cell
 from utils.flags import percent
 
 LIMITED_RANGE = 3  # dB that stretching 16..235 to 0..255 must gain for values to be taken for such, of coarse pictures
@@ -102,7 +103,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        return f"{self.testset} at {percent(self.cs_ratio)} %"
+        return f"{printable(self.testset)} at {percent(self.cs_ratio)} %"
 
 
 def ratio_names(cs_ratio: float) -> list[str]:
@@ -232,6 +233,7 @@ def _recorded(path: Path) -> dict[str, Recorded]:
     """Return the scores that test.py wrote; none where the file is missing or somebody else's."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return {row["name"]: Recorded(float(row["psnr"]), float(row["ssim"])) for row in csv.DictReader(file)}
+            return {csv_cell(row["name"]): Recorded(float(row["psnr"]), float(row["ssim"]))
+                    for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return {}
