@@ -1,6 +1,8 @@
 """Scores of methods degraded in known ways against closed forms, and what is said about files that have none."""
 import csv
+import errno
 import math
+import os
 
 import cv2
 import numpy as np
@@ -229,6 +231,20 @@ def test_folders_without_a_picture_of_the_set_are_refused(tmp_path, testset):
         find_folder(tmp_path / "empty", "set", 0.1)
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
         find_folder(tmp_path / "nowhere", "set", 0.1)
+
+
+def test_a_folder_that_cannot_be_searched_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    stat = os.stat
+
+    def refusing(path, *args, **kwargs):
+        if f"locked{os.sep}" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    with pytest.raises(UserError, match="cannot search .*locked: Permission denied"):
+        find_folder(tmp_path / "locked", "set", 0.1)
 
 
 def test_gaps_of_what_is_not_finite():

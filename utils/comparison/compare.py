@@ -20,7 +20,7 @@ from utils.comparison.matching import claimed_psnr, claimed_ssim, match
 from utils.comparison.published import Published
 from utils.data.images import list_pictures, read_picture
 from utils.data.testsets import Picture
-from utils.errors import UserError, printable
+from utils.errors import UserError, first_line, printable
 from utils.evaluation.metrics import psnr, ssim
 from utils.files import csv_cell
 from utils.flags import percent
@@ -120,16 +120,19 @@ def find_folder(
 ) -> Path:
     """Return where a method's pictures are: FOLDER/SET/RATIO, as test.py writes, FOLDER/SET, FOLDER/RATIO or FOLDER.
 
-    Raises UserError where it does not exist, or none of these has a picture.
+    Raises UserError where it does not exist or cannot be searched, or none of these has a picture.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; a method is given as NAME=FOLDER, a folder of its pictures")
     names = ratio_names(cs_ratio)
     levels = [Path(testset, name) for name in names] + [Path(testset)] * one_ratio
     levels += [Path(name) for name in names] * one_set + [Path()] * (one_set and one_ratio)
-    for level in levels:
-        if (folder / level).is_dir() and list_pictures(folder / level):
-            return folder / level
+    try:
+        for level in levels:
+            if (folder / level).is_dir() and list_pictures(folder / level):
+                return folder / level
+    except OSError as error:
+        raise UserError(f"cannot search {folder}: {first_line(error)}") from error
     raise UserError(f"{folder} holds no picture of {testset} at {percent(cs_ratio)} %: neither "
                     f"{' nor '.join(str(folder / level) for level in (levels[0], levels[-1]))} has one")
 
