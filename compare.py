@@ -29,6 +29,7 @@ from utils.comparison.tables import (
     terminal,
     wrapped,
 )
+from utils.data.images import file_stem
 from utils.data.testsets import Picture, load_testset, result_name, testset_names
 from utils.errors import UserError, first_line, listed, run
 from utils.files import lock_folder, make_folder, write_atomic
@@ -160,7 +161,7 @@ def report(args: argparse.Namespace, comparison: Comparison, pictures: list[Pict
     if chosen:
         from utils.comparison.figures import write_figures
         regions = write_figures(folder / "figures", comparison, [pictures[k] for k in chosen], args.region)
-        written += [f"figures/{name}.pdf and .png (region {','.join(map(str, region))})"
+        written += [f"figures/{file_stem(name)}.pdf and .png (region {','.join(map(str, region))})"
                     for name, region in regions.items()]
     shown = write_report(folder / "report.html", comparison, pictures, chosen, args.report_size)
     note = "" if len(shown) == len(pictures) else f", shows {len(shown)} of {len(pictures)} pictures, see --report_size"

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from model import SelfEnsemble, WeightsError
-from utils.data.images import find_pictures, read_picture, write_reconstruction
+from utils.data.images import file_stem, find_pictures, read_picture, write_reconstruction
 from utils.data.testsets import Picture
 from utils.devices import PRECISIONS, memory_suffices, open_device
 from utils.errors import UserError, printable, run
@@ -134,8 +134,8 @@ def find_targets(photos: list[Path], folder: Path) -> dict[Path, Path]:
         else:
             raise UserError(f"there is no photograph {photo}")
         short = Counter(name.with_suffix("") for name in found.values())  # a.jpg and a.tif make a.jpg.png and a.tif.png
-        targets |= {path: folder / (name.with_suffix(".png") if short[name.with_suffix("")] == 1 else f"{name}.png")
-                    for path, name in found.items()
+        targets |= {path: folder / name.with_name(f"{file_stem(name.stem if alone else name.name)}.png")
+                    for path, name in found.items() for alone in [short[name.with_suffix("")] == 1]
                     if not path.resolve().is_relative_to(folder.resolve())}  # what a former run wrote
     sources: dict[Path, Path] = {}
     for photo, target in targets.items():

@@ -141,7 +141,7 @@ def load_ddpm(source: str | Path) -> tuple[UNet2DModel, DDPMScheduler]:
     """
     logging.disable_progress_bar()  # of two small files
     try:
-        pipeline = DDPMPipeline.from_pretrained(source, dtype=torch.float32, low_cpu_mem_usage=False)
+        pipeline = DDPMPipeline.from_pretrained(str(source), dtype=torch.float32, low_cpu_mem_usage=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"cannot load a DDPM from {source} ({first_line(error)}); name a folder or a hub id of a "
                         "DDPM pipeline of diffusers") from error

@@ -120,6 +120,14 @@ def test_no_reconstruction_takes_the_place_of_another_or_is_reconstructed_again(
         assert names == ["cat.bmp.png", "cat.png", "cat.png.png", "coins.png"]
 
 
+def test_names_of_photographs_may_be_as_long_as_file_systems_take(call, photos, tmp_path):
+    for name in ("n" * 250 + ".jpeg", "n" * 250 + ".png", "m" * 240 + ".png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((9, 9), np.uint8))
+        shutil.move(tmp_path / name, photos / name)
+    assert call(photos, "--keep", "measured,back_projection")[0] == 0
+    assert len(list((tmp_path / "result").rglob("*.*"))) == 5 * 3
+
+
 def test_mistakes_are_a_sentence(call, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     for words, said in (((tmp_path / "none.png",), "there is no photograph"), ((tmp_path / "empty",), "no picture"),

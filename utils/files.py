@@ -1,10 +1,12 @@
-"""Atomic writes, which leave a complete file or folder or the former one; locks; and sentences for what fails."""
+"""Atomic writes, which leave a complete file or folder or the former one; locks; tables; sentences for what fails."""
+import csv
 import errno
+import io
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +18,7 @@ from utils.errors import UserError, first_line, note
 
 PATIENCE = 15  # seconds in which the workers of a process that was killed end as well
 ABANDONED = 600  # seconds in which whoever writes a file has written some of it
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for one begins so
 
 
 def make_folder(
@@ -150,6 +153,19 @@ def remove(path: Path) -> None:
     """Remove a file, if it is there; raises UserError where that is not possible."""
     with explained(path):
         path.unlink(missing_ok=True)
+
+
+def csv_text(rows: Iterable[Iterable]) -> str:
+    """Return a table as CSV, a quote before each text that a spreadsheet would take for a formula."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def csv_cell(text: str) -> str:
+    """Return what `csv_text` was given."""
+    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA) else text
 
 
 def append_line(path: Path, line: str) -> None:

@@ -1,4 +1,6 @@
 """The DDPM's loss, loading and saving, and DDNM on grey and colour networks and on sides that a network cannot take."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,14 @@ def test_pipelines_are_loaded_in_fp32_from_what_diffusers_writes(tmp_path):
     assert loaded.dtype == torch.float32 and scheduler.config.beta_end == 0.02
     for saved, now in zip(unet.state_dict().values(), loaded.state_dict().values(), strict=True):
         assert torch.equal(saved.float(), now)
+
+
+def test_a_flag_may_name_a_pipeline_of_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained",
+                        lambda source, **_: asked.append(source) or DDPMPipeline(tiny(), schedule()))
+    load_ddpm(Path("google/ddpm-celebahq-256"))
+    assert asked == ["google/ddpm-celebahq-256"]
 
 
 def test_what_ddnm_cannot_use_is_answered_by_a_sentence(tmp_path):

@@ -1,6 +1,8 @@
 """Scores of methods degraded in known ways against closed forms, and what is said about files that have none."""
 import csv
+import errno
 import math
+import os
 
 import cv2
 import numpy as np
@@ -77,12 +79,13 @@ def test_values_from_16_to_235_are_told_and_other_faults_are_not_taken_for_them(
     truth = cv2.GaussianBlur(RNG.integers(0, 256, (64, 64), dtype=np.uint8), (0, 0), 2).astype(float)
     truth = 255 * (truth - truth.min()) / (truth.max() - truth.min())
     picture = Picture("a", truth.round().astype(np.uint8))
-    noisy = truth + RNG.normal(0, 5, truth.shape)
+    noisy, worse = (truth + RNG.normal(0, sigma, truth.shape) for sigma in (5, 25))
     for name, pixels in (("limited", 16 + noisy * 219 / 255), ("noise", noisy), ("blur", cv2.blur(truth, (9, 9))),
+                         ("limited, of little quality", 16 + worse * 219 / 255), ("much noise", worse),
                          ("bright", truth + 16), ("flat", np.full(truth.shape, truth.mean()))):
         write(tmp_path / name / "a.png", pixels.round().clip(0, 255).astype(np.uint8))
         told = [remark for remark in score_method(name, tmp_path / name, [picture]).remarks if remark.kind == "range"]
-        assert len(told) == (name == "limited")
+        assert len(told) == name.startswith("limited")
         assert all("values from 16 to 235 instead of 0 to 255" in remark.text for remark in told)
 
 
@@ -228,6 +231,20 @@ def test_folders_without_a_picture_of_the_set_are_refused(tmp_path, testset):
         find_folder(tmp_path / "empty", "set", 0.1)
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
         find_folder(tmp_path / "nowhere", "set", 0.1)
+
+
+def test_a_folder_that_cannot_be_searched_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    stat = os.stat
+
+    def refusing(path, *args, **kwargs):
+        if f"locked{os.sep}" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    with pytest.raises(UserError, match="cannot search .*locked: Permission denied"):
+        find_folder(tmp_path / "locked", "set", 0.1)
 
 
 def test_gaps_of_what_is_not_finite():

@@ -16,6 +16,8 @@ import torch
 import compare
 from model import IDM
 from utils.errors import run
+from utils.evaluation.evaluate import Result
+from utils.evaluation.report import write_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
@@ -124,6 +126,22 @@ def test_own_output_is_reported_as_test_py_prints_it(place, tmp_path, monkeypatc
         assert after**2 == pytest.approx(before**2 + 1 / 12, abs=4 * 2 * before * math.sqrt(1 / 12 / 1600))
         assert float(row["ssim"]) == pytest.approx(float(own["ssim"]), abs=2e-3)
         assert row["remark"] == ""  # the names' claims are true
+
+
+def test_names_that_a_spreadsheet_or_a_terminal_would_obey(tmp_path, monkeypatch, capsys):
+    testset = tmp_path / "data" / "red\x1b[31m\nset"
+    testset.mkdir(parents=True)
+    write(testset / "=1+1.png", np.zeros((9, 9), np.uint8))
+    results = [Result("=1+1", {"psnr": 30.25, "ssim": 0.5}, 1.0, 0.1, None)]
+    folder = tmp_path / "m" / testset.name / "10"
+    write(folder / "=1+1_PSNR_30.25_SSIM_0.5000.png", np.full((9, 9), 8, np.uint8))
+    write_scores(folder / "scores.csv", results)
+    assert [row["name"] for row in read(folder / "scores.csv")] == ["'=1+1"]
+    call(monkeypatch, tmp_path, "--testset_name", testset.name, "--methods", "m=m")
+    row, = read(tmp_path / "out" / testset.name / "10" / "scores.csv")
+    assert (row["picture"], row["recorded_psnr"]) == ("'=1+1", "30.25")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "red\\x1b[31m\\nset at 10 %: * best" in out and "over all of red\\x1b[31m" in out
 
 
 def test_methods_and_root_together_in_this_order(place, monkeypatch, capsys):

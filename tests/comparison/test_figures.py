@@ -114,6 +114,13 @@ def test_files_are_as_wide_as_a_page_and_hold_no_type_3_fonts(tmp_path, monkeypa
     assert (png[:, [0, -1]] != 255).any(axis=(0, 2)).all()  # it fills its width, with no margin of its own
 
 
+def test_names_may_be_as_long_as_file_systems_take(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.comparison.figures._rendered", lambda figure, suffix: b"")
+    compared, picture = comparison(tmp_path, ["plain"])
+    write_figures(tmp_path / "out", compared, [replace(picture, name="n" * 250 + ".jpeg")])
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 4
+
+
 def test_names_and_scores_stand_beneath_the_best_in_bold(tmp_path):
     compared, picture = comparison(tmp_path, ["first", "$second"])
     caught = []

@@ -127,6 +127,7 @@ def test_a_deflate_tiff_with_any_bit_flipped_is_refused(tmp_path, damage):
 
 
 @pytest.mark.parametrize("name, options, kept", [("a.tif", {"compression": "tiff_lzw"}, bytes(300)),
+                                                 ("b.tif", {"compression": "jpeg", "quality": 90}, bytes(300)),
                                                  ("a.jpg", {"quality": 90}, b""),
                                                  ("a.jpeg", {"quality": 90, "progressive": True}, b"")])
 def test_what_a_decoder_only_warns_of_is_refused(tmp_path, name, options, kept):
@@ -152,6 +153,17 @@ def test_16_bit_tiffs_whose_zero_is_white_and_transparent_ones(tmp_path, big):
     rgba = np.full((6, 8, 4), 128, np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", rgba, photometric="rgb", extrasamples=["unassalpha"], bigtiff=big)
     with pytest.raises(UserError, match="OpenCV would darken it"):
+        read_picture(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("stored, options", [
+    (np.zeros((6, 8), np.uint16), {"photometric": "miniswhite", "byteorder": ">"}),
+    (np.zeros((6, 8, 4), np.uint8), {"photometric": "rgb", "byteorder": ">", "bigtiff": True, "extrasamples": [2]}),
+    (np.zeros((3, 6, 8), np.uint16), {"photometric": "rgb", "planarconfig": "separate"}),
+    (np.zeros((6, 8, 3), np.uint8), {"photometric": "cielab"})])
+def test_tiffs_that_opencv_misreads_are_refused(tmp_path, stored, options):
+    tifffile.imwrite(tmp_path / "a.tif", stored, **options)
+    with pytest.raises(UserError, match="a.tif: .*save it as PNG"):
         read_picture(tmp_path / "a.tif")
 
 

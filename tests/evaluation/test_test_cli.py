@@ -21,7 +21,7 @@ from model.operators import OPERATORS, LinearOperator
 from tests.test_files import held_by_another_process
 from tests.training.test_distributed import free_port
 from utils import files, weights
-from utils.data.testsets import load_testset
+from utils.data.testsets import load_testset, result_name
 from utils.errors import UserError, run
 from utils.evaluation import METRICS, speed
 from utils.evaluation.evaluate import evaluate
@@ -582,6 +582,7 @@ def test_a_home_behind_an_equals_sign_is_found(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["test.py", "--result_dir=~/x", "--data_dir=~"])
     args = script.parse_arguments()
     assert (args.result_dir, args.data_dir) == (tmp_path / "x", tmp_path)
+    assert result_name("~/sets/Set11") == "Set11"
 
 
 def test_noise_and_ratios_name_folders(place, tmp_path, monkeypatch, capsys):

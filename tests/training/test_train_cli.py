@@ -231,6 +231,22 @@ def test_a_signal_in_a_test_is_heard_in_the_midst_of_a_picture(call, whole, monk
     assert same(weights(tmp_path), weights(whole))
 
 
+def test_a_signal_in_a_test_of_compiled_blocks_is_heard_after_a_picture(call, data, monkeypatch, tmp_path):
+    shutil.copytree(data / "Tiny", tmp_path / "Twins")
+    shutil.copy(data / "Tiny" / "camera.png", tmp_path / "Twins" / "twin.png")
+    computed, evaluate_spread = [], report.evaluate_spread
+
+    def signalled(process, net, *arguments, **more):
+        net.unet.conv_out.register_forward_hook(lambda *_: computed.append(os.kill(os.getpid(), signal.SIGTERM)))
+        return evaluate_spread(process, net, *arguments, **more)
+
+    monkeypatch.setattr(loop, "compile_blocks", lambda *_, **__: None)
+    monkeypatch.setattr(report, "evaluate_spread", signalled)
+    with pytest.raises(SystemExit):
+        call("--compile", "--testset_name", str(tmp_path / "Twins"))
+    assert len(computed) == 2  # steps, of the first picture
+
+
 def logged_scores(place: Path) -> list[dict]:
     """What a run's log says of the tests after each epoch."""
     return [json.loads(line)["tests"] for line in (place / "log" / f"{NAME}.jsonl").read_text().splitlines()]
@@ -379,6 +395,7 @@ def test_a_seed_of_any_length_and_many_unreadable_pictures(call, data, tmp_path,
     assert "note       no test after each epoch, since there is no folder" in printed  # that is tested on by default
     assert "cannot be read: broken00.png, broken01.png" in (log := (tmp_path / "log" / f"{NAME}.txt").read_text())
     assert "broken11.png" in log
+    assert all(re.search(r", \d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", line) for line in log.splitlines())
 
 
 @pytest.mark.parametrize(("more", "sentence"), [

@@ -20,11 +20,12 @@ from utils.comparison.matching import claimed_psnr, claimed_ssim, match
 from utils.comparison.published import Published
 from utils.data.images import list_pictures, read_picture
 from utils.data.testsets import Picture
-from utils.errors import UserError
+from utils.errors import UserError, first_line, printable
 from utils.evaluation.metrics import psnr, ssim
+from utils.files import csv_cell
 from utils.flags import percent
 
-LIMITED_RANGE = 3  # dB that stretching 16..235 to 0..255 must gain for values to be taken for such
+LIMITED_RANGE = 3  # dB that stretching 16..235 to 0..255 must gain for values to be taken for such, of coarse pictures
 PSNR_TOLERANCE = 0.1  # dB by which a file's name may differ from what the file scores
 SSIM_TOLERANCE = 0.01  # its kinds differ by some thousandths: windows uniform or Gaussian, borders with or without
 
@@ -102,7 +103,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        return f"{self.testset} at {percent(self.cs_ratio)} %"
+        return f"{printable(self.testset)} at {percent(self.cs_ratio)} %"
 
 
 def ratio_names(cs_ratio: float) -> list[str]:
@@ -119,16 +120,19 @@ def find_folder(
 ) -> Path:
     """Return where a method's pictures are: FOLDER/SET/RATIO, as test.py writes, FOLDER/SET, FOLDER/RATIO or FOLDER.
 
-    Raises UserError where it does not exist, or none of these has a picture.
+    Raises UserError where it does not exist or cannot be searched, or none of these has a picture.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; a method is given as NAME=FOLDER, a folder of its pictures")
     names = ratio_names(cs_ratio)
     levels = [Path(testset, name) for name in names] + [Path(testset)] * one_ratio
     levels += [Path(name) for name in names] * one_set + [Path()] * (one_set and one_ratio)
-    for level in levels:
-        if (folder / level).is_dir() and list_pictures(folder / level):
-            return folder / level
+    try:
+        for level in levels:
+            if (folder / level).is_dir() and list_pictures(folder / level):
+                return folder / level
+    except OSError as error:
+        raise UserError(f"cannot search {folder}: {first_line(error)}") from error
     raise UserError(f"{folder} holds no picture of {testset} at {percent(cs_ratio)} %: neither "
                     f"{' nor '.join(str(folder / level) for level in (levels[0], levels[-1]))} has one")
 
@@ -198,8 +202,9 @@ def _score(method: Method, picture: Picture, path: Path) -> None:
         return
     score = Score(path, psnr(picture.luminance, luminance), ssim(picture.luminance, luminance), ycrcb is not None)
     method.scores[picture.name] = score
-    stretched = psnr(picture.luminance, (luminance - 16.0) * 255 / 219)
-    if stretched > score.psnr + LIMITED_RANGE:
+    coarse_truth, coarse = _coarse(picture.luminance), _coarse(luminance)
+    if psnr(coarse_truth, _stretched(coarse)) > psnr(coarse_truth, coarse) + LIMITED_RANGE:
+        stretched = psnr(picture.luminance, _stretched(luminance))
         text = (f"{picture.name} seems to have values from 16 to 235 instead of 0 to 255: it scores {score.psnr:.2f} "
                 f"dB, {stretched:.2f} dB if they are stretched")
         method.remarks.append(Remark("range", text, picture.name, path.name))
@@ -212,6 +217,16 @@ def _score(method: Method, picture: Picture, path: Path) -> None:
             method.remarks.append(Remark("claim", text, picture.name, path.name))
 
 
+def _coarse(luminance: np.ndarray) -> np.ndarray:
+    """Return means over squares of 16x16, which tell the range of values from what a reconstruction lacks in detail."""
+    height, width = (min(side, max(4, side // 16)) for side in luminance.shape)
+    return cv2.resize(luminance.astype(np.float64), (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _stretched(luminance: np.ndarray) -> np.ndarray:
+    return (luminance - 16.0) * 255 / 219
+
+
 def _average(scores: Iterable[Score | Recorded]) -> Average:
     numbers = [(score.psnr, score.ssim) for score in scores]
     return Average(*np.mean(numbers, axis=0).tolist(), len(numbers)) if numbers else Average(np.nan, np.nan, 0)
@@ -221,6 +236,7 @@ def _recorded(path: Path) -> dict[str, Recorded]:
     """Return the scores that test.py wrote; none where the file is missing or somebody else's."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return {row["name"]: Recorded(float(row["psnr"]), float(row["ssim"])) for row in csv.DictReader(file)}
+            return {csv_cell(row["name"]): Recorded(float(row["psnr"]), float(row["ssim"]))
+                    for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return {}

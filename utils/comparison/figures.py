@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from utils.comparison.compare import Comparison, shown_pixels
 from utils.comparison.tables import NONE, Value, ranked
-from utils.data.images import read_picture
+from utils.data.images import file_stem, read_picture
 from utils.data.testsets import Picture
 from utils.errors import UserError
 from utils.files import write_atomic
@@ -57,8 +57,8 @@ def write_figures(
     """
     strips = {picture.name: strips_of(comparison, picture, region) for picture in pictures}
     for name, (shown, errors) in strips.items():
-        _write(folder / name, [shown])
-        _write(folder / "errors" / name, [errors])
+        _write(folder / file_stem(name), [shown])
+        _write(folder / "errors" / file_stem(name), [errors])
     if len(pictures) > 1:
         _write(folder.with_name(f"{folder.name}-together"), [shown for shown, _ in strips.values()])
     return {name: shown.region for name, (shown, _) in strips.items()}

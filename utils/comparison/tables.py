@@ -2,15 +2,14 @@
 
 What is equal as printed is equal in rank. CSV alone has all digits.
 """
-import csv
-import io
 import re
 import textwrap
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from utils.comparison.compare import PSNR_TOLERANCE, Average, Comparison, Method, gap, rounding_effect
-from utils.errors import listed
+from utils.errors import listed, printable
+from utils.files import csv_text
 
 DEFINITION = ("Scores are those of Y, OpenCV's full-range BT.601 luminance, over the whole picture: PSNR with peak 255 "
               "(MATLAB's Y, from 16 to 235, gives 1.3 dB more) and SSIM with scikit-image's uniform 7x7 window.")
@@ -145,8 +144,8 @@ def terminal(table: Table) -> str:
 
 
 def wrapped(lines: Iterable[str]) -> str:
-    """Return long lines for a terminal, each wrapped and its continuation indented."""
-    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False,
+    """Return long lines for a terminal, each wrapped and its continuation indented, with nothing that it would obey."""
+    return "\n".join(textwrap.fill(printable(line), WIDTH, subsequent_indent="  ", break_long_words=False,
                                    break_on_hyphens=False) for line in lines)
 
 
@@ -184,7 +183,7 @@ def scores_csv(comparison: Comparison) -> str:
                          score.file.name, claims))
         rows += [(method.name, remark.picture, "", "", "", "", remark.file, text) for remark, text in told
                  if remark.kind != "claim"]
-    return _csv(("method", "picture", "psnr", "ssim", "recorded_psnr", "recorded_ssim", "file", "remark"), rows)
+    return csv_text([("method", "picture", "psnr", "ssim", "recorded_psnr", "recorded_ssim", "file", "remark"), *rows])
 
 
 def averages_csv(comparisons: list[Comparison]) -> str:
@@ -197,8 +196,9 @@ def averages_csv(comparisons: list[Comparison]) -> str:
         rows += [(*at, row.name, "published", row.psnr, "", "", "", "", "") for row in comparison.published]
         rows += [(*at, method.name, "scores.csv", *method.recorded_average(), "", "", "")
                  for method in comparison.methods if method.recorded]
-    return _csv(("testset", "cs_ratio", "method", "source", "psnr", "ssim", "pictures", "common_psnr", "common_ssim",
-                 "common_pictures"), rows)
+    head = ("testset", "cs_ratio", "method", "source", "psnr", "ssim", "pictures", "common_psnr", "common_ssim",
+            "common_pictures")
+    return csv_text([head, *rows])
 
 
 def _agreement(method: Method) -> str:
@@ -222,17 +222,6 @@ def _numbers(averages: list[Average], k: int) -> list[float | None]:
 def _short(text: str, longest: int = 40) -> str:
     text = " ".join(text.split())
     return text if len(text) <= longest else text[:longest - 1] + "…"
-
-
-def _csv(head: tuple[str, ...], rows: list[tuple]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *(map(_inert, row) for row in rows)])
-    return text.getvalue()
-
-
-def _inert(value: str | float) -> str | float:
-    """Return a cell with a quote before what a spreadsheet would take for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _markdown_text(text: str) -> str:

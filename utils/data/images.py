@@ -34,7 +34,7 @@ _NOT_UTF8, _CONTROL = re.compile("[\ud800-\udfff]"), re.compile("[\x00-\x1f\x7f-
 
 # The libraries' own complaints would stand beside the one sentence that the user gets.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def is_picture_name(name: str) -> bool:
@@ -153,8 +153,8 @@ def _check(content: bytes) -> bool:
     try:
         picture = Image.open(io.BytesIO(content))  # reads the header alone
         too_large = picture.width * picture.height > MAX_PIXELS
-    except UnidentifiedImageError:  # as kinds of TIFF that OpenCV alone knows
-        return False
+    except UnidentifiedImageError as error:  # as kinds of TIFF that OpenCV alone knows, some of them wrongly
+        raise _Unsuitable("it is not a picture, or of a kind that cannot be checked; save it as PNG") from error
     except Image.DecompressionBombError:
         too_large = True
     if too_large:
@@ -175,15 +175,22 @@ def _check(content: bytes) -> bool:
 
 
 def _check_tiff(picture: Image.Image, content: bytes) -> None:
-    tags = picture.tag_v2
-    if tags.get(259) in (8, 32946):  # deflate: libtiff does not look at the checksum of each strip or tile
-        for start, length in zip(tags.get(273) or tags.get(324), tags.get(279) or tags.get(325), strict=True):
+    tags, compression = picture.tag_v2, picture.tag_v2.get(259)
+    for start, length in zip(tags.get(273) or tags.get(324), tags.get(279) or tags.get(325), strict=True):
+        strip = content[start:start + length]  # or tile
+        if compression in (8, 32946):  # deflate, whose checksums libtiff does not look at
             stream = zlib.decompressobj()
-            stream.decompress(content[start:start + length], 8 * MAX_PIXELS)
+            stream.decompress(strip, 8 * MAX_PIXELS)
             if not stream.eof:
                 raise ValueError("a strip of it is cut short")
+        elif compression == 7:  # JPEG, which may have its tables elsewhere
+            tables = tags.get(347, b"")
+            simplejpeg.decode_jpeg(tables[:-2] + strip[2:] if tables else strip, "GRAY", strict=True)
     picture.load()  # raises what libtiff calls an error, and OpenCV passes over
-    if picture.mode == "RGBA" and 8 in tags.get(258, ()) and picture.getextrema()[3][0] < 255:
+    depths = tags.get(258, ())
+    if picture.mode == "LAB" or (tags.get(284) == 2 and 16 in depths):
+        raise _Unsuitable("OpenCV would read it wrongly, as CIELAB or 16-bit planes; save it as PNG")
+    if picture.mode == "RGBA" and 8 in depths and picture.getextrema()[3][0] < 255:
         raise _Unsuitable("OpenCV would darken it where it is transparent; save it without alpha")
 
 

@@ -45,7 +45,7 @@ def testset_names(text: str, data_dir: str | os.PathLike) -> list[str]:
 def result_name(name: str) -> str:
     """Return the folder of a test set's results: its name; of a path that leads elsewhere, or to a file, the last part.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix.lower() in SUFFIXES:
         return path.stem
     return path.name if path.is_absolute() or ".." in path.parts else name

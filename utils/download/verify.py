@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.images import MAX_PIXELS, is_picture_name
-from utils.errors import first_line, listed
+from utils.errors import first_line, listed, printable
 
 CHECKSUMS = json.loads(Path(__file__).with_name("checksums.json").read_text(encoding="utf-8"))
 WATERLOO = 4744  # pictures
@@ -178,7 +178,7 @@ def check_weights(path: Path) -> bool:
     try:
         found = {key: tuple(tensor.shape) for key, tensor in read_official(path).items()}
     except WeightsError as error:
-        print(f"weights: {error}")
+        print(f"weights: {printable(str(error))}")
         return False
     wrong = [f"{key} is {found.get(key, 'missing')}, not {shape}" for key, shape in published.items()
              if found.get(key) != shape]

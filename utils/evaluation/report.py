@@ -1,6 +1,4 @@
 """What a test prints and writes: a line a picture, a summary a set, one table, scores.csv, names of result pictures."""
-import csv
-import io
 import math
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from utils.data.images import file_stem
 from utils.errors import printable
 from utils.evaluation.evaluate import Metrics, Result, Scores
 from utils.evaluation.metrics import SSIM_WINDOW
-from utils.files import write_atomic
+from utils.files import csv_text, write_atomic
 
 
 def result_file(result: Result) -> str:
@@ -45,14 +43,12 @@ def shown(values: dict[str, float], metrics: Metrics) -> str:
 
 def write_scores(path: Path, results: list[Result]) -> None:
     """Write name, scores and seconds of each picture in full precision; raises UserError where that is not possible."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
     first, second, *others = results[0].scores
-    rows.writerow(("name", first, second, "seconds", *others))
+    rows = [("name", first, second, "seconds", *others)]
     for result in results:
         one, two, *more = result.scores.values()
-        rows.writerow((result.name, one, two, result.seconds, *more))
-    write_atomic(path, text.getvalue().encode())
+        rows.append((result.name, one, two, result.seconds, *more))
+    write_atomic(path, csv_text(rows).encode())
 
 
 def table(scores: dict[tuple[str, str], Scores], metrics: Metrics) -> str:

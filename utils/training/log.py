@@ -46,9 +46,13 @@ class TrainingLog:
 
     def line(self, text: str) -> None:
         """Print a line with the time at its end, and add it to the text log."""
+        print(self.note(text), flush=True)
+
+    def note(self, text: str) -> str:
+        """Add a line with the time at its end to the text log; returns the line."""
         text = f"{text}, {datetime.now():%Y-%m-%d %H:%M:%S}"
-        print(text, flush=True)
         append_line(self.text, text)
+        return text
 
     def scalars(self, iteration: int, values: dict[str, float]) -> None:
         """Points of TensorBoard's curves, a name each; those that are not finite are left out."""

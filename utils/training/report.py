@@ -3,7 +3,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -173,7 +173,12 @@ def test(run: Run, measurement: Measurement, stop: threading.Event) -> dict[str,
     label = f"[{epoch:02d}/{settings.epoch}] {settings.testset_name}, {name}"
     protocol, strips = Protocol(measurement, settings.precision), {}
 
+    def check(*_: Any) -> None:
+        if stop.is_set():
+            raise UserError("a signal asks the run to end")
+
     def each(picture: Picture, result: Result) -> None:
+        check()  # compiled networks have no hooks
         if picture in run.testset[:STRIPS]:
             (back,) = evaluate(lambda y, operator: dagger(operator, y), [picture], protocol)
             strips[picture.name] = in_8_bits(np.hstack([back.reconstruction, result.reconstruction,
@@ -181,7 +186,7 @@ def test(run: Run, measurement: Measurement, stop: threading.Event) -> dict[str,
 
     net.eval()
     try:
-        with ended_by(stop, net if not settings.compile else nn.Module()):
+        with calling(check, nn.Module() if settings.compile else net):  # a picture may take minutes
             results = evaluate_spread(run.process, net, run.testset, protocol, each=each)
     except UserError as error:
         if not stop.is_set():
@@ -197,12 +202,8 @@ def test(run: Run, measurement: Measurement, stop: threading.Event) -> dict[str,
 
 
 @contextmanager
-def ended_by(stop: threading.Event, net: nn.Module) -> Iterator[None]:
-    """Have a UserError raised in the midst of what `net` computes once `stop` is set: a picture may take minutes."""
-    def check(*_: Any) -> None:
-        if stop.is_set():
-            raise UserError("a signal asks the run to end")
-
+def calling(check: Callable[..., None], net: nn.Module) -> Iterator[None]:
+    """Have `check` called before whatever a module of `net` computes."""
     hooks = [module.register_forward_pre_hook(check) for module in net.modules()]
     try:
         yield

@@ -74,7 +74,7 @@ def open_run(settings: Settings, process: Process, build: Builder | None = None,
         run.log = TrainingLog(settings.log_dir, settings.name, run.progress.iteration)
         notes.append(run.log.notice)
         if crops.unreadable:
-            files.append_line(run.log.text, f"cannot be read: {listed(crops.unreadable, len(crops.unreadable))}")
+            run.log.note(f"cannot be read: {listed(crops.unreadable, len(crops.unreadable))}")
         if len(crops.unreadable) > NAMED:
             notes.append(f"all files that cannot be read are named in {run.log.text}")
         print(opening(run, [*notes, *test_notes, crops.notice]), flush=True)
