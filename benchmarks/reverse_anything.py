@@ -1,9 +1,9 @@
 """The second paper's table, measured: DDPM with DDNM, IDM as first published, the second paper's changes one by one.
 
-    python benchmarks/reverse_anything.py --train_dir PICTURES --minutes 15 --pictures 10
+    python benchmarks/reverse_anything.py --train_dir PICTURES --teraflop 20 --pictures 12
 
-All are trained here by train.py and baselines.train, from fresh weights, on the same crops, for the same CPU time: a
-few iterations tell how long one takes, and that decides how many there are. What is finished is kept in --work_dir
+All are trained here by train.py and baselines.train, from fresh weights, on the same crops, with the same number of
+floating-point operations: CPU time would depend on what else the machine does. What is finished is kept in --work_dir
 and --out, and the same command goes on from there. The table goes into docs/reverse_anything.md.
 """
 import argparse
@@ -22,12 +22,13 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from baselines.ddnm import Sampling  # noqa: E402
-from baselines.ddpm import DDNM, load_ddpm, noise_loss, small_unet  # noqa: E402
+from baselines.ddpm import DDNM, load_ddpm, noise_loss, schedule, small_unet  # noqa: E402
 from benchmarks.machine import load_results, machine, save_results  # noqa: E402
 from benchmarks.reverse_anything_report import show  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
@@ -45,8 +46,6 @@ FIRST, SECOND, DDPM = "IDM, first paper", "second paper, all three", "DDPM with 
 IDMS = {FIRST: [], **{f"first paper + {name}": flags for name, flags in CHANGES.items()},
         SECOND: [flag for flags in CHANGES.values() for flag in flags]}
 DDNM_STEPS = (10, 20, 100)
-PILOT = (4, 24)  # iterations; the difference of their CPU times is that of so many iterations, without the start
-FOREVER = 10**6
 
 
 @dataclass
@@ -68,9 +67,9 @@ class Bench:
     def folder(self, name: str) -> Path:
         return self.args.work_dir / "".join(letter if letter.isalnum() else "_" for letter in name)
 
-    def train(self, name: str, iterations: int, folder: Path, last: int | None = None) -> float:
-        """Train until the last iteration, or an earlier one; return the CPU seconds that this took now."""
-        args = self.args
+    def train(self, name: str, iterations: int) -> float:
+        """Train; return the CPU seconds that this took now."""
+        args, folder = self.args, self.folder(name)
         if name == DDPM:
             command = ["-m", "baselines.train", "--batch_size", str(args.ddpm_batch_size), "--learning_rate", "1e-3"]
         else:
@@ -82,19 +81,27 @@ class Bench:
         command += ["--train_dir", str(args.train_dir), "--cache_dir", str(args.work_dir / "cache"), "--patch_size",
                     str(args.patch_size), "--epoch", "1", "--iters_per_epoch", str(iterations), "--lr_schedule",
                     "cosine", "--clip", "1", "--ema", "0.995", "--seed", str(args.seed), "--model_dir", str(folder),
-                    "--log_dir", str(folder / "log"), *(["--max_iters", str(last)] if last else [])]
+                    "--log_dir", str(folder / "log")]
         return call(command)
 
-    def seconds_an_iteration(self, name: str) -> float:
-        short, long = (self.train(name, FOREVER, self.folder(f"pilot {name} {count}"), count) for count in PILOT)
-        return (long - short) / (PILOT[1] - PILOT[0])
+    def gigaflop(self, name: str) -> float:
+        """Of an iteration, on average."""
+        args = self.args
+        if name == DDPM:
+            return flop(small_unet, lambda net, x: noise_loss(net, schedule(), x, torch.Generator()).backward(),
+                        args.patch_size, args.ddpm_batch_size) / 1e9
+        settings = {flag[2:]: value for flag, value in zip(IDMS[name], IDMS[name][1:], strict=False)
+                    if flag in ("--coupling", "--schedule")}
+        steps = range(1, args.step_number + 1) if "--random_steps" in IDMS[name] else [args.step_number]
+        return fmean(flop(lambda: IDM.compact(args.width, args.step_number, args.shuffle, attention=False, **settings),
+                          idm_step(args.patch_size, "none", taken), args.patch_size, args.batch_size)
+                     for taken in steps) / 1e9
 
     def trained(self, name: str) -> Path:
         """Train, if need be, and return the folder of the weights."""
-        seconds = self.once("seconds_an_iteration", name, lambda: self.seconds_an_iteration(name))
-        iterations = max(1, round(60 * self.args.minutes / seconds))
-        self.once("training", name, lambda: {
-            "cpu_seconds": self.train(name, iterations, self.folder(name)), "iterations": iterations})
+        gigaflop = self.once("gigaflop_an_iteration", name, lambda: self.gigaflop(name))
+        iterations = max(1, round(1000 * self.args.teraflop / gigaflop))
+        self.once("training", name, lambda: {"cpu_seconds": self.train(name, iterations), "iterations": iterations})
         return newest(self.folder(name))
 
     def scores(self, weights: Path, ratio: float, steps: int, ddnm: bool) -> dict[str, float]:
@@ -156,12 +163,17 @@ def seconds_an_image(networks: dict[str, nn.Module], size: tuple[int, int], roun
 
 def held_by_idm(config: dict, side: int, batch: int, setting: str) -> float:
     """MB that a training step of IDM holds at its peak beside weights, gradients and operator, by counting."""
+    return held(lambda: IDM(**config), idm_step(side, setting), side, batch)
+
+
+def idm_step(side: int, setting: str, steps: int | None = None) -> Callable[[IDM, Tensor], None]:
+    operator = BlockCompressedSensing.random((side, side), 0.1, 32, torch.Generator().manual_seed(0))
+
     def step(net: IDM, x: Tensor) -> None:
         net.invertible = setting
-        operator = BlockCompressedSensing(torch.rand(1024, 103), torch.randperm(side * side), (side, side))
-        (net(operator.A(x), operator) - x).abs().mean().backward()
+        (net(operator.A(x), operator, steps=steps) - x).abs().mean().backward()
 
-    return held(lambda: IDM(**config), step, side, batch)
+    return step
 
 
 def held_by_ddpm(scheduler, side: int, batch: int) -> float:
@@ -176,6 +188,14 @@ def held(build: Callable[[], nn.Module], step: Callable[[nn.Module, Tensor], Non
             step(net, x)
         gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
         return follow.peak(without=gradients) / 1e6
+
+
+def flop(build: Callable[[], nn.Module], step: Callable[[nn.Module, Tensor], None], side: int, batch: int) -> int:
+    """Floating-point operations of a training step: convolutions and matrix products, forward and backward."""
+    net, x = build(), torch.rand(batch, 1, side, side)
+    with FlopCounterMode(display=False) as counter:
+        step(net, x)
+    return counter.get_total_flops()
 
 
 def measure(bench: Bench) -> None:
@@ -211,7 +231,7 @@ def main() -> None:
     add("--data_dir", type=file_path, default=ROOT / "data", help="folder of the test set")
     add("--testset_name", default="CBSD68")
     add("--pictures", type=integer(1), help="of the test set, evenly spread; all if not given")
-    add("--minutes", type=positive, default=15, help="CPU minutes that each is trained for")
+    add("--teraflop", type=positive, default=20, help="that each is trained with")
     add("--seed", type=integer(0), default=2025)
     add("--cs_ratio", type=ratios, default="0.1/0.3/0.5", help="of training and test")
     add("--step_number", type=integer(1), default=3, help="T of IDM")

@@ -27,11 +27,11 @@ def markdown(results: dict) -> str:
     settings, where = results["settings"], results["machine"]
     percents = [f"{100 * ratio:.10g}" for ratio in settings["cs_ratio"]]
     said = (f"{settings['pictures']} pictures of {settings['testset_name']}; each network trained from fresh weights "
-            f"for {settings['minutes']:g} CPU minutes (one thread, {where['device']}) on {settings['patch_size']}×"
+            f"with {settings['teraflop']:g} TFLOP, which are the iterations below, on {settings['patch_size']}×"
             f"{settings['patch_size']} crops, seed {settings['seed']}; IDM of width {settings['width']}, shuffle "
             f"{settings['shuffle']}, no attention, T = {settings['step_number']}, one network for all ratios. "
-            f"Seconds: CPU time of one thread for a 288×480 picture. Memory: what a training step holds beside "
-            f"weights and gradients, counted.")
+            f"Seconds: CPU time of a thread, {where['device']}, for a 288×480 picture. Memory: what a training step "
+            f"holds beside weights and gradients, counted.")
     titles = ["", *(f"{percent} %" for percent in percents), "s an image", "× DDNM's speed", "step, MB",
               "reversible, MB", "saved", "iterations"]
     lines = [f"**Measured here.** {said}", "", row(titles), row(["---"] * len(titles)),

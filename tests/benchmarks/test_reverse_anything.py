@@ -1,14 +1,15 @@
 """The second paper's table: what its cells say of given measurements, and what it counts and chooses."""
 import cv2
 import pytest
+import torch
 
 from baselines.ddpm import schedule
-from benchmarks.reverse_anything import choose_pictures, held_by_ddpm, held_by_idm
+from benchmarks.reverse_anything import choose_pictures, flop, held_by_ddpm, held_by_idm
 from benchmarks.reverse_anything_report import END, START, markdown, show
 
 RESULTS = {
     "machine": {"device": "a CPU"},
-    "settings": {"cs_ratio": [0.1, 0.5], "pictures": 3, "testset_name": "CBSD68", "minutes": 15, "patch_size": 64,
+    "settings": {"cs_ratio": [0.1, 0.5], "pictures": 3, "testset_name": "CBSD68", "teraflop": 15, "patch_size": 64,
                  "seed": 1, "width": 32, "shuffle": 2, "step_number": 3},
     "training": {"IDM, first paper": {"iterations": 1234}, "DDPM with DDNM": {"iterations": 567}},
     "scores": {
@@ -49,6 +50,14 @@ def test_pictures_are_spread_over_the_set_and_linked_anew(tmp_path):
     for count, names in ((2, ["0.png", "4.png"]), (3, ["0.png", "3.png", "6.png"])):
         assert choose_pictures(folder, count, into) == count
         assert sorted(path.name for path in into.iterdir()) == names
+
+
+def test_operations_of_a_step_are_those_of_its_matrix_products():
+    def step(net: torch.nn.Module, x: torch.Tensor) -> None:
+        net(x.flatten(1)).sum().backward()
+
+    # Forward and the gradient of the weights, 2 · 3 · 16 · 5 each; x needs none.
+    assert flop(lambda: torch.nn.Linear(16, 5), step, side=4, batch=3) == 2 * 2 * 3 * 16 * 5
 
 
 def test_a_reversible_step_holds_less_and_two_crops_twice_as_much_as_one():
