@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -62,12 +62,19 @@ def test_files_whose_names_end_alike_can_be_written_at_once(tmp_path):
 @pytest.mark.parametrize("refused", ["folders", "all"])
 def test_file_systems_that_cannot_synchronise_or_lock_are_written_to(tmp_path, monkeypatch, refused):
     """As Windows, CIFS and VirtualBox refuse what Linux's own file systems can do."""
-    opened = os.open
+    opened, unlink = os.open, os.unlink
 
     def no_folders(path, *args, **kwargs):
         if os.path.isdir(path):
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(path, *args, **kwargs)
+
+    def no_open_files(path, *args, **kwargs):
+        for descriptor in range(3, 100):
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    raise AssertionError("an open file would be removed")
+        return unlink(path, *args, **kwargs)
 
     def refuse(*_, **__):
         raise OSError(errno.EINVAL, "Invalid argument")
@@ -75,6 +82,12 @@ def test_file_systems_that_cannot_synchronise_or_lock_are_written_to(tmp_path, m
     monkeypatch.setattr(os, "open", no_folders)
     if refused == "all":
         monkeypatch.setattr(os, "fsync", refuse)
+        monkeypatch.setattr(os, "chmod", refuse)
+        monkeypatch.setattr(os, "unlink", no_open_files)
+        monkeypatch.setattr("fcntl.flock", refuse)
+        make_folder(tmp_path, "--result_dir")
+        with lock_folder(tmp_path, "--result_dir"):
+            pass
         monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with lock_folder(tmp_path, "--result_dir"):
         write_atomic(tmp_path / "a.png", b"picture")
@@ -125,7 +138,7 @@ def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path):
 def test_a_folder_that_cannot_be_written_into_is_found_out_at_once(tmp_path, monkeypatch):
     make_folder(tmp_path / "new" / "one", "--log_dir")
     assert os.listdir(tmp_path / "new" / "one") == []
-    monkeypatch.setattr("tempfile.TemporaryFile", full_disk)
+    monkeypatch.setattr(os, "open", full_disk)
     with pytest.raises(UserError, match="No space left"):
         make_folder(tmp_path / "new" / "one", "--log_dir")
 

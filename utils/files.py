@@ -31,8 +31,9 @@ def make_folder(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:  # some cannot remove what is open
             now = os.fstat(file.fileno()).st_mtime  # by the clock of the file system
+        os.unlink(file.name)
         for path in folder.glob(".*.partial"):
             with suppress(FileNotFoundError):
                 if now - path.stat().st_mtime > ABANDONED:
@@ -101,7 +102,8 @@ def write_folder_atomic(folder: Path, fill: Callable[[Path], Any]) -> None:
         fill(partial)
         for path in partial.rglob("*"):
             if path.is_file():  # which safetensors makes readable by its owner alone
-                path.chmod(partial.stat().st_mode & 0o666)
+                with suppress(OSError):  # of file systems that have no such modes
+                    path.chmod(partial.stat().st_mode & 0o666)
                 with open(path, "rb+") as file:
                     _sync(file.fileno())
 
