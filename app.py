@@ -30,7 +30,7 @@ from utils.data.testsets import Picture, load_testset  # noqa: E402
 from utils.devices import open_device  # noqa: E402
 from utils.errors import UserError, printable, run  # noqa: E402
 from utils.evaluation.evaluate import Measured, Result, in_255, measure, score  # noqa: E402
-from utils.evaluation.photograph import Window, fitting_window, recover  # noqa: E402
+from utils.evaluation.photograph import Window, fitting_window, recover, window_note  # noqa: E402
 from utils.flags import Parser, file_path, integer  # noqa: E402
 from utils.measurement import Measurement  # noqa: E402
 from utils.measurement_flags import measurements  # noqa: E402
@@ -166,7 +166,7 @@ class Work:
 
     def _notes(self, net: IDM) -> list[str]:
         notes = WeightFlags(step_number=net.config.num_steps).notes(self.path, net, self.measurement)
-        return notes + [f"attention in windows of {net.attention_window[0]} tokens"] * any(net.attention_window)
+        return notes + window_note(net)
 
     def _shown(self, x: torch.Tensor) -> np.ndarray:
         return shown(self.picture, in_255(x[0], self.picture.luminance.shape))

@@ -22,7 +22,7 @@ from utils.data.testsets import Picture
 from utils.devices import PRECISIONS, memory_suffices, open_device
 from utils.errors import UserError, printable, run
 from utils.evaluation.evaluate import STANDARD, Measured, Network, Result, in_255, measure, score
-from utils.evaluation.photograph import fitting_window, recover
+from utils.evaluation.photograph import fitting_window, recover, window_note
 from utils.evaluation.report import shown
 from utils.files import make_folder, write_atomic
 from utils.flags import Parser, file_path, integer, several
@@ -77,8 +77,8 @@ def main() -> None:
         net.attention_window = fitting_window(trained, picture.luminance.size, args.attention_window)
         result = reconstruct(job, picture, target)
         height, width = picture.luminance.shape
-        window = f", attention in windows of {net.attention_window[0]}" if any(net.attention_window) else ""
-        print(f"[{number}/{len(targets)}] {printable(str(target))}  {width}x{height}{window}  "
+        size = ", ".join([f"{width}x{height}", *window_note(net)])
+        print(f"[{number}/{len(targets)}] {printable(str(target))}  {size}  "
               f"{shown(result.scores, STANDARD)}  {result.density:.3g} measurements a pixel  {result.seconds:.1f} s",
               flush=True)
     if unread:

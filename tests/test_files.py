@@ -138,7 +138,7 @@ def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path):
 def test_a_folder_that_cannot_be_written_into_is_found_out_at_once(tmp_path, monkeypatch):
     make_folder(tmp_path / "new" / "one", "--log_dir")
     assert os.listdir(tmp_path / "new" / "one") == []
-    monkeypatch.setattr("tempfile.TemporaryFile", full_disk)
+    monkeypatch.setattr(os, "open", full_disk)
     with pytest.raises(UserError, match="No space left"):
         make_folder(tmp_path / "new" / "one", "--log_dir")
 

@@ -22,7 +22,7 @@ from utils.data.images import read_picture
 from utils.data.testsets import Picture
 from utils.errors import run
 from utils.evaluation.evaluate import evaluate
-from utils.evaluation.photograph import fitting_window
+from utils.evaluation.photograph import fitting_window, window_note
 from utils.evaluation.protocol import Protocol
 from utils.measurement import Measurement
 
@@ -142,6 +142,15 @@ def test_large_pictures_have_windows_unless_somebody_chose():
     assert fitting_window((None, None), 512 * 513) == (32, 32)
     assert fitting_window((16, None), 10**7) == (16, None)
     assert fitting_window((16, None), 100, asked=64) == (64, 64)
+
+
+def test_windows_are_told_where_there_is_attention_alone():
+    for attention, told in ((True, ["attention in windows of 32 tokens"]), (False, []), ((False, True), ["attention in "
+                            "windows of 16 tokens"])):
+        net = IDM.compact(32, 1, shuffle=2, attention=attention)
+        assert window_note(net) == []
+        net.attention_window = (32, 16)
+        assert window_note(net) == told
 
 
 def test_ctrl_c_is_heard_within_an_operation_that_takes_minutes(weights, tmp_path):

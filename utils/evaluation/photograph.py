@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model import IDM, SelfEnsemble
+from model.settings import for_both
 from model.watch import watching
 from utils.devices import computing_in, memory_suffices
 from utils.evaluation.evaluate import Measured, settings_for
@@ -28,6 +29,13 @@ def fitting_window(
     if asked is not None:
         return asked, asked
     return (WINDOW, WINDOW) if trained == (None, None) and pixels > LARGEST_WHOLE else trained
+
+
+def window_note(net: IDM) -> list[str]:
+    """Return what is to be said where a network has attention, and that works in windows."""
+    has = for_both(net.config.attention, "attention")
+    sides = [side for side, there in zip(net.attention_window, has, strict=True) if there and side]
+    return [f"attention in windows of {sides[0]} tokens"] if sides else []
 
 
 @torch.inference_mode()
