@@ -49,8 +49,9 @@ def test_operations_are_two_for_each_multiplication_and_addition():
 
 
 def test_figures_are_drawn_from_what_is_in_the_repository(tmp_path):
-    redraw.main(tmp_path, [name for name in redraw.DRAWINGS if name != "teaser.png"])  # which takes its time
+    slow = {"teaser.png", "operators.png", "app.png", "report.png"}  # they reconstruct, and open a browser
+    redraw.main(tmp_path, redraw.DRAWINGS.keys() - slow)
     drawn = {path.name: cv2.imread(str(path)) for path in tmp_path.iterdir()}
-    assert len(drawn) == len(redraw.DRAWINGS) - 1
+    assert len(drawn) == len(redraw.DRAWINGS) - len(slow)
     assert all(picture.std() > 10 for picture in drawn.values())
     assert {path.name for path in redraw.FIGURES.iterdir()} == set(redraw.DRAWINGS)

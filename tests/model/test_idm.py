@@ -285,7 +285,7 @@ def test_impossible_architectures(arguments, message):
 
 def test_wrong_use():
     net = IDM((32, 64), 1)
-    with pytest.raises(ValueError, match="invertible must be one of both, sampling, unet, none, not 'all'"):
+    with pytest.raises(ValueError, match="invertible must be one of both, sampling, unet, none, auto, not 'all'"):
         net.invertible = "all"
     with pytest.raises(ValueError, match="store_every must be None or at least 1, not 0"):
         net.store_every = 0

@@ -260,7 +260,7 @@ def build_idm(settings: Settings, process: Process, config: dict[str, Any] | Non
     check_fits(net, settings)
     if settings.attention_window:
         net.attention_window = settings.attention_window
-    net.invertible = "both" if settings.invertible == "auto" else settings.invertible
+    net.invertible = "both" if settings.invertible in (None, "auto") else settings.invertible  # "auto" is told later
     return net
 
 
