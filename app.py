@@ -233,7 +233,10 @@ def picture_of(measured: Measured) -> np.ndarray:
     """Return the numbers y as a grey picture: the middle 98 % of them from black to white."""
     y = measured.y[0].detach().cpu()
     y = y.abs().log1p() if y.is_complex() else y.float()
-    y = y.reshape(-1, y.shape[-1]) if y.ndim > 1 else y[:int(len(y)**0.5)**2].reshape(int(len(y)**0.5), -1)
+    y = y.reshape(-1, y.shape[-1])
+    if len(y) == 1:  # a line of numbers is shown as a square
+        side = int(y.numel()**0.5)
+        y = y[0, :side**2].reshape(side, side)
     low, high = np.percentile(y.numpy(), (1, 99))
     grey = ((y.numpy() - low) / max(high - low, 1e-6)).clip(0, 1) * 255
     return cv2.cvtColor(grey.astype(np.uint8), cv2.COLOR_GRAY2RGB)
@@ -243,7 +246,8 @@ def small(pixels: np.ndarray) -> np.ndarray:
     """Return a picture no larger than the strip shows it."""
     scale = STRIP / max(pixels.shape[:2])
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    return cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=interpolation)
+    height, width = (max(1, round(scale * side)) for side in pixels.shape[:2])
+    return cv2.resize(pixels, (width, height), interpolation=interpolation)
 
 
 def numbers(result: Result) -> str:

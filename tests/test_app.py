@@ -37,15 +37,35 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(weights, tmp_path_factory) -> str:
-    """Of the page, served by the Python that has Gradio: that of `make app`, or this one."""
+def python() -> str:
+    """The Python that has Gradio: that of `make app`, or this one."""
     own = ROOT / ".venv-app" / "bin" / "python"
     if not own.exists() and find_spec("gradio") is None:
         pytest.skip("Gradio, of requirements-app.txt, is not installed: make app")
+    return str(own) if own.exists() else sys.executable
+
+
+def test_what_every_operator_measures_is_shown(python):
+    code = """if True:
+        import app, torch
+        from utils.data.testsets import load_testset
+        picture, device = load_testset("Samples")[2], torch.device("cpu")
+        for name in app.usable_operators():
+            measurement = app.read_measurement(name, app.settings_text(name)[1]["value"], 0.1, 0.0)
+            measured = app.measure([picture], measurement, measurement.shared(device), device)
+            print(name, *app.small(app.picture_of(measured)).shape)"""
+    shown = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sizes = {name: sides for name, *sides in map(str.split, shown.splitlines())}
+    assert len(sizes) >= 8 and sizes["hadamard"] == ["512", "512", "3"]
+
+
+@pytest.fixture(scope="module")
+def address(weights, python, tmp_path_factory) -> str:
+    """Of the page."""
     port = 20_000 + os.getpid() % 10_000
     log = open(tmp_path_factory.mktemp("log") / "app.txt", "w+")  # noqa: SIM115, it is closed with the process
-    program = subprocess.Popen([str(own) if own.exists() else sys.executable, "app.py", "--port", str(port),
-                                "--weights", str(weights), "--device", "cpu"], cwd=ROOT, stdout=log, stderr=log)
+    program = subprocess.Popen([python, "app.py", "--port", str(port), "--weights", str(weights), "--device", "cpu"],
+                               cwd=ROOT, stdout=log, stderr=log)
     try:
         for _ in range(PATIENCE):
             time.sleep(1)
