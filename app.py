@@ -45,8 +45,7 @@ CSS = """
 #title h1 {font-size: 26px; margin: 0 0 4px}
 #title p {opacity: .75}
 #samples .grid-wrap {overflow: hidden}
-#samples .grid-container {gap: 6px}
-#samples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr))}
+#samples .grid-container {gap: 6px; grid-template-columns: repeat(4, minmax(0, 1fr))}
 #samples .thumbnail-lg {min-width: 0}
 #drop {min-height: 116px}
 #drop .wrap {font-size: 14px; line-height: 1.3}

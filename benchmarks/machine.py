@@ -1,13 +1,16 @@
-"""What a measurement was made on, and how it is written down."""
+"""What a measurement was made on, and how it is written down: as JSON, and as a table in a page of docs."""
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from utils.files import write_atomic
+
+START, END = "<!-- measured: begin -->", "<!-- measured: end -->"  # of a table in a page
 
 
 def machine(device: str = "cpu") -> dict[str, str | int | float]:
@@ -42,3 +45,16 @@ def save_results(path: Path, results: dict) -> None:
 def load_results(path: Path) -> dict:
     """Read what `save_results` wrote; an empty dictionary where there is nothing yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def save_table(page: Path, text: str, title: str) -> None:
+    """Print Markdown, and put it between the marks in a page: a new one of this title where there is none."""
+    print(text)
+    old = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n\n{START}\n{END}\n"
+    before, _, rest = old.partition(START)
+    write_atomic(page, f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}".encode())
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"

@@ -5,9 +5,9 @@ import cv2
 import numpy as np
 import torch
 
+from benchmarks.machine import save_table, table_row
 from utils.files import write_atomic
 
-START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = ("A⁺y", "classical", "compact, not told σ", "compact", "fine-tuned")
 PICTURE, DETAIL, CAPTION = "camera", 128, 20  # of the Samples; side of what is shown of it, in pixels
 
@@ -20,10 +20,7 @@ def show(results: dict, tasks: dict[str, tuple[str, str]], report: Path) -> None
         cells = [f"{row[name]['psnr']:.2f} / {row[name]['ssim']:.4f}" if name in row else "" for name in COLUMNS]
         cells[1] = f"{cells[1]} ({classical})"
         rows.append((title, testset, *cells))
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    print(text)
-    before, _, rest = report.read_text(encoding="utf-8").partition(START)
-    write_atomic(report, f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}".encode())
+    save_table(report, "\n".join(map(table_row, rows)), "Other measurements")
 
 
 @torch.inference_mode()

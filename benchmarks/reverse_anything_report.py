@@ -1,7 +1,7 @@
 """The second paper's table from what reverse_anything.py measured, as Markdown, and its figure."""
 from pathlib import Path
 
-from utils.files import write_atomic
+from benchmarks.machine import save_table, table_row
 
 PUBLISHED = [  # as printed in the two papers, at full width and with their own data; not measured here
     ("IDM, T = 3 (first paper)", "28.69 / 34.67 / 39.57 at 10 / 30 / 50 %", "-", "-",
@@ -9,16 +9,12 @@ PUBLISHED = [  # as printed in the two papers, at full width and with their own 
     ("DDPM (second paper)", "28.5, ratio not stated", "0.872", "15.3", ""),
     ("second paper", "38.59, ratio not stated", "0.951", "4.7", "15 times as fast, 93.8 % less memory"),
 ]
-BASE, START, END = "DDPM with DDNM", "<!-- measured: begin -->", "<!-- measured: end -->"
+BASE = "DDPM with DDNM"
 
 
 def show(results: dict, report: Path, figure: Path) -> None:
     """Print the table, put it between the marks in the report (a new one where there is none), and draw the figure."""
-    text = markdown(results)
-    print(text)
-    old = report.read_text(encoding="utf-8") if report.exists() else f"# Reverse Anything\n\n{START}\n{END}\n"
-    before, _, rest = old.partition(START)
-    write_atomic(report, f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}".encode())
+    save_table(report, markdown(results), "Reverse Anything")
     draw(results, figure)
 
 
@@ -34,15 +30,11 @@ def markdown(results: dict) -> str:
             f"holds beside weights and gradients, counted.")
     titles = ["", *(f"{percent} %" for percent in percents), "s an image", "× DDNM's speed", "step, MB",
               "reversible, MB", "saved", "iterations"]
-    lines = [f"**Measured here.** {said}", "", row(titles), row(["---"] * len(titles)),
-             *(row(cells(results, name, percents)) for name in methods(results)), "",
+    lines = [f"**Measured here.** {said}", "", table_row(titles), table_row(["---"] * len(titles)),
+             *(table_row(cells(results, name, percents)) for name in methods(results)), "",
              "**Published** (other networks, full width, GPUs; copied, not measured here).", "",
-             row(["", "PSNR, CBSD68", "SSIM", "FID", "claims"]), row(["---"] * 5), *map(row, PUBLISHED)]
+             *map(table_row, (["", "PSNR, CBSD68", "SSIM", "FID", "claims"], ["---"] * 5, *PUBLISHED))]
     return "\n".join(lines)
-
-
-def row(cells: list[str] | tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def methods(results: dict) -> list[str]:

@@ -70,18 +70,24 @@ def call(*command: str) -> None:
 
 
 @contextmanager
-def chromium() -> Iterator["Chrome"]:
-    """A window; raises UserError where there is no Chromium with its driver."""
-    from selenium import webdriver
-
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+def chromium(size: tuple[int, int] = SIZE) -> Iterator["Chrome"]:
+    """A window, which keeps what pages log; raises UserError where there is no selenium, or no Chromium with driver."""
+    try:
+        from selenium import webdriver
+    except ImportError as error:
+        raise UserError("selenium, of requirements-dev.txt, is not installed") from error
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
     if not (browser and driver):
         raise UserError("there is no Chromium with its driver here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={SIZE[0]},{SIZE[1]}"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 f"--window-size={size[0]},{size[1]}"):
         options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    window.set_page_load_timeout(PATIENCE)
     try:
         yield window
     finally:

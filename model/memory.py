@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import checkpoint
 from .operators import LinearOperator
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ def choose(
 
 
 def leaner(levels: str) -> str:
-    """Return the setting that holds less memory than this one, or as much where there is none."""
+    """Return the next in the order of `FASTEST_FIRST`, where the last is the leanest of all; of that itself.
+
+    One between may hold more than the one before: "unet" grows with T and the batch, "sampling" with the image.
+    """
     return FASTEST_FIRST[min(FASTEST_FIRST.index(levels) + 1, len(FASTEST_FIRST) - 1)]
 
 
@@ -76,7 +80,7 @@ def step_bytes(net: "IDM", shape: tuple[int, int, int, int], levels: str, device
 def _peak(net: "IDM", shape: tuple[int, int, int, int], levels: str, device: torch.device, half: torch.dtype | None
           ) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), device, torch.enable_grad():
-        twin = type(net)(**{name: value for name, value in net.config.items() if not name.startswith("_")})
+        twin = checkpoint.build(type(net), net.config, "the network")
         for module in twin.modules():  # tensors without data do not take part in Module.to
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(net.dtype)))

@@ -15,9 +15,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks import screenshots  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.checkpoint import load_official, official_names  # noqa: E402
 from tests.golden.recipe import fill, probe  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -83,3 +85,13 @@ torch.backends.cudnn.allow_tf32 = False  # the numbers compared with are fp32's
 @pytest.fixture(params=["narrow_T3", "wide_T2_rect"])
 def golden(request) -> Golden:
     return Golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A window of headless Chromium."""
+    try:
+        with screenshots.chromium((1280, 1200)) as window:
+            yield window
+    except UserError as error:
+        pytest.skip(str(error))

@@ -1,6 +1,5 @@
 """The page, opened in a real browser: a sample, a dropped photograph, the sliders, what comes out, and broken files."""
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -80,25 +79,6 @@ def address(weights, python, tmp_path_factory) -> str:
         program.terminate()
         program.wait()
         log.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium, of requirements-dev.txt, is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("there is no Chromium with its driver here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--window-size=1280,1200"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    window.set_page_load_timeout(PATIENCE)
-    yield window
-    window.quit()
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.machine import END, START
 from benchmarks.operators import bicubic, biharmonic, filtered_back_projection, total_variation, zero_filled
-from benchmarks.operators_report import END, START, show
+from benchmarks.operators_report import show
 from model.operators import OPERATORS
 
 RAMP = (torch.arange(32.0)[:, None] + 2 * torch.arange(32.0))[None, None] / 96

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from baselines.ddpm import schedule
+from benchmarks.machine import END, START
 from benchmarks.reverse_anything import choose_pictures, flop, held_by_ddpm, held_by_idm
-from benchmarks.reverse_anything_report import END, START, markdown, show
+from benchmarks.reverse_anything_report import markdown, show
 
 RESULTS = {
     "machine": {"device": "a CPU"},

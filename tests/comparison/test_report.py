@@ -1,7 +1,6 @@
 """The HTML report, opened in a real browser and clicked."""
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -90,24 +89,6 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path, made):
     assert "2 of 4" in data["notes"][-1]
     assert len(data["table"]) == 5  # of all pictures, and its head
     assert write_report(tmp_path / "none.html", comparison, pictures, first=[], megabytes=0.001) == []
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium, of requirements-dev.txt, is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("there is no Chromium with its driver here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 "--window-size=1200,1000"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield window
-    window.quit()
 
 
 @pytest.fixture
