@@ -3,11 +3,11 @@ import math
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .base import LinearOperator
+from .files import read_matrix
 from .least_squares import inverse_gain
 
 
@@ -55,11 +55,14 @@ class Deblurring(LinearOperator):
         sigma: float = 1.6,  # of the Gaussian, in pixels
         kernel: Path | None = None,  # a .npy file in place of all these; it is scaled to a sum of 1
     ) -> "Deblurring":
-        """Draw a blur; a kernel that would be larger than the images is cut to them."""
+        """Draw a blur."""
         if kernel is not None:
             return cls(_read_kernel(kernel), image_shape)
         if side < 1 or side % 2 == 0:
             raise ValueError(f"side must be odd and at least 1, or the kernel has no middle, not {side}")
+        if side > min(image_shape):
+            raise ValueError(f"a blur kernel of {side}x{side} is larger than the images, "
+                             f"{image_shape[0]}x{image_shape[1]}")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be above 0, not {sigma}")
         if kind not in ("gaussian", "motion"):
@@ -87,7 +90,7 @@ class Deblurring(LinearOperator):
 
 
 def _gaussian(side: int, sigma: float) -> Tensor:
-    line = torch.exp(-(torch.arange(side, dtype=torch.float64) - side // 2) ** 2 / (2 * sigma**2))
+    line = torch.exp(-((torch.arange(side, dtype=torch.float64) - side // 2) / sigma) ** 2 / 2)
     return line.outer(line) / line.sum() ** 2
 
 
@@ -107,13 +110,7 @@ def _motion(side: int, generator: torch.Generator) -> Tensor:
 
 
 def _read_kernel(path: Path) -> Tensor:
-    try:
-        kernel = np.load(path, allow_pickle=False)
-        kernel = torch.from_numpy(np.asarray(kernel, dtype=np.float64))
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"the kernel {path} is no array of numbers in a .npy file ({error})") from error
-    if kernel.ndim != 2:
-        raise ValueError(f"the kernel {path} has {kernel.ndim} dimensions, not 2")
-    if not kernel.sum().isfinite() or kernel.sum().abs() < 1e-12:
+    kernel = read_matrix(path, "kernel")
+    if kernel.sum().abs() < 1e-12:
         raise ValueError(f"the kernel {path} has the sum {float(kernel.sum())}, and cannot be scaled to 1")
     return kernel / kernel.sum()
