@@ -8,6 +8,7 @@ from .base import LinearOperator
 from .least_squares import per_image
 
 FLOOR = 1e-4  # λ of the factor of AᵀA + λI: with less, rounding of Aᵀy in fp32 would come back enlarged
+MOST_COILS = 256  # twice as many as there are in any scanner
 
 
 class MRI(LinearOperator):
@@ -131,6 +132,8 @@ class MultiCoilMRI(LinearOperator):
         """Draw the columns, and then smooth sensitivities with Σ |S_c|² = 1."""
         if coils < 1:
             raise ValueError(f"coils must be at least 1, not {coils}")
+        if coils > MOST_COILS:
+            raise ValueError(f"coils must be at most {MOST_COILS}, not {coils}")
         columns = random_columns(image_shape[1], acceleration, center_fraction, generator)
         return cls(_sensitivities(image_shape, coils, generator), columns, complex_images)
 
@@ -168,6 +171,9 @@ def random_columns(count: int, acceleration: float, center_fraction: float | Non
     fraction = 0.32 / acceleration if center_fraction is None else center_fraction
     if not 0 <= fraction <= 1:
         raise ValueError(f"center_fraction must lie in [0, 1], not {center_fraction}")
+    if center_fraction is not None and center_fraction > 1 / acceleration:
+        raise ValueError(f"center_fraction {center_fraction} is more than the {1 / acceleration:.4g} of the columns "
+                         f"that acceleration {acceleration} leaves")
     low = max(round(count * fraction), 1)
     probability = (count / acceleration - low) / max(count - low, 1)
     columns = (torch.rand(count, generator=generator, dtype=torch.float64) < probability).float()

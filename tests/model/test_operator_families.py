@@ -340,6 +340,14 @@ def test_a_mask_of_more_pixels_than_can_be_read(tmp_path):
         random("inpainting", mask=tmp_path / "mask.png")
 
 
+def test_factors_beyond_the_image_are_those_of_all_of_it():
+    x = torch.rand(1, 1, 12, 16)
+    y = random("super_resolution", factor=10**30).A(x)
+    assert torch.allclose(y, x.sum().view(1, 1, 1, 1) / math.sqrt(12 * 16))
+    y = random("super_resolution", factor=10**30, kernel="bicubic").A(x)
+    assert torch.allclose(y, F.interpolate(x, (1, 1), mode="bicubic", antialias=True), atol=1e-6)
+
+
 @pytest.mark.parametrize(("sigma", "kernel"), [(1e200, np.full((3, 3), 1 / 9)), (1e-200, np.eye(3) * [0, 1, 0])])
 def test_widths_of_a_blur_whose_squares_overflow(sigma: float, kernel: np.ndarray):
     blurred = random("deblurring", (5, 5), side=3, sigma=sigma).A(F.pad(torch.ones(1, 1, 1, 1), (2, 2, 2, 2)))
