@@ -72,21 +72,31 @@ class Deblurring(LinearOperator):
 
     def A(self, x: Tensor) -> Tensor:
         """(batch, channels, H, W) -> the same."""
-        return self._filtered(x, torch.view_as_complex(self.transfer))
+        return self._filtered(x, self.transfer)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
-        return self._filtered(y, torch.view_as_complex(self.transfer).conj())
+        return self._filtered(y, self._adjoint)
 
     def A_dagger(self, y: Tensor, damping: Tensor | None = None) -> Tensor:
-        transfer = torch.view_as_complex(self.transfer)
-        strength = transfer.abs()
-        direction = transfer.conj() / strength.clamp(min=torch.finfo(strength.dtype).tiny)
-        return self._filtered(y, direction * inverse_gain(strength, damping, y))
+        strength = torch.view_as_complex(self.transfer).abs()
+        direction = self._adjoint / strength.clamp(min=torch.finfo(strength.dtype).tiny)[..., None]
+        return self._filtered(y, direction, inverse_gain(strength, damping, y)[..., None])
 
-    def _filtered(self, x: Tensor, transfer: Tensor) -> Tensor:
+    @property
+    def _adjoint(self) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(self.transfer).conj_physical())
+
+    def _filtered(self, x: Tensor, transfer: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """Multiply frequencies by `transfer`, complex as two numbers, and then by `gain`.
+
+        The gain is real and by itself: products of real numbers are the same to the bit whether it is one for all
+        images or one for each, which PyTorch's of complex numbers are not.
+        """
         self.check_image(x)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.fft.irfft2(torch.fft.rfft2(x.to(self.transfer.dtype)) * transfer, s=self.image_shape)
+            spectrum = torch.fft.rfft2(x.to(self.transfer.dtype)) * torch.view_as_complex(transfer)
+            spectrum = torch.view_as_complex(torch.view_as_real(spectrum) * gain)
+            return torch.fft.irfft2(spectrum, s=self.image_shape)
 
 
 def _gaussian(side: int, sigma: float) -> Tensor:

@@ -14,7 +14,7 @@ from skimage.transform import radon
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.operators import OPERATORS, Deblurring, LinearOperator, MatrixSensing, MultiCoilMRI, check_operator
+from model.operators import OPERATORS, Deblurring, LinearOperator, MatrixSensing, MultiCoilMRI, check_operator, mri
 
 KERNEL = np.array([[1, 2, 3], [0, 5, 1], [2, 1, 4.0]])  # like no mirror image of its own
 
@@ -268,6 +268,31 @@ def test_a_matrix_of_blocks_and_of_the_image(files):
     assert np.abs(whole.A(x).flatten().numpy() - np.load(files / "whole.npy") @ x.flatten().numpy()).max() < 1e-5
     assert MatrixSensing.side_multiple(matrix=files / "blocks.npy") == 3
     assert MatrixSensing.side_multiple(matrix=files / "whole.npy") == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_damping_is_damping_0_to_the_bit(case: str, files):
+    """In single precision, in every batch: that of one image, of all, of each its own."""
+    operator = make(case, files)
+    y = operator.A(torch.randn(3, getattr(operator, "channels", 1), *CASES[case][2]))
+    for damping in (torch.zeros(1), torch.zeros(3)):
+        assert torch.equal(operator.A_dagger(y), operator.A_dagger(y, damping))
+
+
+def test_coils_whose_factor_would_be_too_large_are_solved_for_by_conjugate_gradients(monkeypatch):
+    factored = random("multicoil_mri", (8, 12)).double()
+    monkeypatch.setattr(mri, "FACTORED", 8 * 12 * 12 - 1)
+    operator = random("multicoil_mri", (8, 12)).double()
+    assert operator.factor is None
+    x = torch.eye(96, dtype=torch.float64).view(96, 1, 8, 12)
+    matrix = operator.A(x).flatten(1).T
+    expected = torch.linalg.solve(matrix.T @ matrix + 1e-4 * torch.eye(96), matrix.T)
+    for damping in (None, torch.zeros(1, dtype=torch.float64)):
+        eye = torch.eye(len(matrix), dtype=torch.float64)
+        found = operator.A_dagger(eye.view(-1, *operator.A(x).shape[1:]), damping)
+        assert torch.allclose(found.flatten(1).T, expected, atol=1e-9)
+    y = operator.A(torch.rand(2, 1, 8, 12, dtype=torch.float64))
+    assert torch.allclose(operator.A_dagger(y), factored.A_dagger(y), atol=1e-3)
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
