@@ -135,6 +135,13 @@ def test_several_values_of_settings_are_several_measurements():
     ("mask", ["keep=1", "wrap=2"], "wrap must be true or false, not 2"),
     ("mask", [], "needs a value of keep; its settings are keep"),
     ("mask", ["keep=3"], "keep must lie in (0, 1], not 3.0"),
+    ("mask", ["keep=1", "keep=0.5"], "gives keep twice; several values are keep=FIRST/SECOND"),
+    ("mri", ["complex_images=true", "acceleration=2"], "images of 2 channels, but pictures are measured in one"),
+    ("multicoil_mri", ["complex_images=true", "acceleration=2"], "images of 2 channels, but pictures are measured in"),
+    ("multicoil_mri", ["coils=1000000000"], "coils must be at most 256, not 1000000000"),
+    ("mri", ["center_fraction=1", "acceleration=2"], "1.0 is more than the 0.5 of the columns that acceleration 2.0"),
+    ("ct", ["angles=1000000000"], "the matrix of 1000000000 angles and 8x8 pixels would be too large"),
+    ("deblurring", [f"side={10**30 + 1}"], "is larger than the images, 8x8"),
     ("cs", ["cs_ratio=2", "block_size=8"], "cs_ratio must lie in (0, 1], not 2.0"),
     ("cs", ["cs_ratio=1", "sampling_matrix=2"], "takes no sampling_matrix=2; its settings are cs_ratio, block_size"),
 ])
@@ -159,6 +166,12 @@ def test_names_are_the_published_ones_for_cs():
     assert Measurement().with_settings(cs_ratio=0.5).name == "50"
 
 
+def test_a_name_tells_no_setting_in_whose_place_a_file_stands():
+    assert Measurement("inpainting", {"mask": Path("a/strokes.png")}).name == "inpainting_mask_strokes"
+    assert Measurement("deblurring", {"kernel": Path("k.npy")}).title == "deblurring kernel=k.npy"
+    assert Measurement("matrix", {"matrix": Path("phi.npy")}).name == "matrix_matrix_phi"
+
+
 def test_a_new_setting_of_cs_leaves_the_published_names_alone(monkeypatch):
     class Blocks(BlockCompressedSensing):
         @classmethod
@@ -172,6 +185,6 @@ def test_a_new_setting_of_cs_leaves_the_published_names_alone(monkeypatch):
 
 def test_noise_is_a_level_or_a_range():
     assert noise("0.05") == (0.05, 0.05) and noise("0-0.05") == (0.0, 0.05) and noise("1e-3-5e-3") == (0.001, 0.005)
-    for text in ("-1", "0.05-0", "nan", "much"):
+    for text in ("-1", "0.05-0", "nan", "much", "1e400", "0-1e400"):
         with pytest.raises(Exception, match="standard deviation, or a range"):
             noise(text)

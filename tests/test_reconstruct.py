@@ -55,8 +55,9 @@ def photos(tmp_path) -> Path:
 def call(weights, tmp_path, monkeypatch, capsys):
     """Run reconstruct.py; returns exit status, stdout and stderr."""
     def program(*words) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *map(str, words), "--weights", str(weights), "--cs_ratio",
-                                          "0.9", "--block_size", "8", "--result_dir", str(tmp_path / "result")])
+        ratio = [] if "--operator" in words else ["--cs_ratio", "0.9", "--block_size", "8"]
+        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *map(str, words), "--weights", str(weights), *ratio,
+                                          "--result_dir", str(tmp_path / "result")])
         status = 0
         try:
             run(reconstruct.main, reconstruct.WeightsError)
@@ -132,7 +133,10 @@ def test_mistakes_are_a_sentence(call, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     for words, said in (((tmp_path / "none.png",), "there is no photograph"), ((tmp_path / "empty",), "no picture"),
                         ((photos, "--cs_ratio", "2"), "must lie in (0, 1]"),
-                        ((photos, "--operator", "nonsense"), "--operator")):
+                        ((photos, "--operator", "nonsense"), "--operator"),
+                        ((photos, "--operator", "mri", "--operator_settings", "complex_images=true"), "of 2 channels"),
+                        ((photos, "--operator", "deblurring", "--operator_settings", "side=4"), "side must be odd"),
+                        ((photos, "--operator", "ct", "--operator_settings", "angles=0"), "angles must be")):
         status, out, err = call(*words)
         assert status == 2 and said in err and err.count("\n") == 1, words
 

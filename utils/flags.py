@@ -86,7 +86,7 @@ def noise(text: str) -> tuple[float, float]:
     """The type of --noise: a standard deviation, or a range as 0-0.05 from which one is drawn for each image."""
     found = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)(?:-(\d*\.?\d+(?:e-?\d+)?))?", text.strip())
     low, high = (float(found[1]), float(found[2] or found[1])) if found else (1.0, 0.0)
-    if low > high:
+    if not low <= high < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a standard deviation, or a range as 0-0.05, not {text}")
     return low, high
 

@@ -66,10 +66,14 @@ class Measurement:
              shared: Mapping[str, Any] | None = None) -> LinearOperator:
         """Draw an operator for images of (H, W); all but what is in `shared`, which `shared()` returned.
 
-        Raises UserError where the operator refuses its settings or the shape.
+        Raises UserError where the operator refuses its settings or the shape, or is for images that pictures are not.
         """
-        return self._call("random", image_shape=tuple(image_shape), generator=generator,
-                          **(self.shared() if shared is None else shared))
+        operator = self._call("random", image_shape=tuple(image_shape), generator=generator,
+                              **(self.shared() if shared is None else shared))
+        if (channels := getattr(operator, "channels", 1)) != 1:
+            raise UserError(f"the operator {self.operator} with {self.described} measures images of {channels} "
+                            "channels, but pictures are measured in one, their luminance")
+        return operator
 
     def draw_for(self, files: Sequence[str], image_shape: tuple[int, int],
                  shared: Mapping[str, Any] | None = None) -> LinearOperator:
@@ -133,10 +137,14 @@ class Measurement:
         return f"{self.operator}{self._suffix()}_T_{step_number}"
 
     def _telling(self) -> dict[str, Any]:
-        """The settings that tell a measurement from others: the first, and what differs from its default."""
+        """The settings that tell a measurement from others: what differs from its default, and the first.
+
+        The first is left out at its default where a file is named, such as a mask, in place of what would be drawn.
+        """
         known = setting_parameters(self.operator)
+        drawn = not any(isinstance(value, Path) for value in self.settings.values())
         return {name: value for number, (name, value) in enumerate(self.settings.items())
-                if value is not None and (number == 0 or value != known[name].default)}
+                if value is not None and (number == 0 and drawn or value != known[name].default)}
 
     def _suffix(self) -> str:
         """Settings and noise as a part of a file's name; of cs no setting that is published."""

@@ -31,6 +31,8 @@ def read_settings(operator: str, pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or name not in known:
             said = f"takes no {listed([pair])}" if equals else f"takes key=value, not {listed([pair])}"
             raise UserError(f"--operator_settings of {operator} {said}; {settings_of(known)}")
+        if name in values:
+            raise UserError(f"--operator_settings gives {name} twice; several values are {name}=FIRST/SECOND")
         values[name] = _read(f"--operator_settings {name}", known[name].annotation, text)
     return values
 

@@ -113,6 +113,9 @@ def load_network(path: Path, device: torch.device) -> "IDM":
     from model import IDM  # takes seconds, which a mistake in the flags need not wait for
 
     net = IDM.from_checkpoint(path).eval()
+    if net.config.in_channels != 1:
+        raise UserError(f"the network of {path} is for images of {net.config.in_channels} channels, but pictures are "
+                        "measured in one, their luminance")
     with memory_suffices(f"for the network on {device}; choose another --device"):
         if device.type == "cpu":  # where channels last make the compact network a quarter slower
             return net

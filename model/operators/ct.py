@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FLOOR = 1e-6  # λ of the factor of A Aᵀ + λI
 FACTORED = 12_000  # rays: of so many A Aᵀ is factored, which takes memory of their square; of more CG is used
+MOST_ANGLES, MOST_WEIGHTS = 10_000, 2**28  # angles, and angles times pixels: the matrix then takes some 25 GB
 
 
 class CT(LinearOperator):
@@ -33,7 +34,7 @@ class CT(LinearOperator):
         angles: how many.
 
     Raises:
-        ValueError: for less than one angle.
+        ValueError: for less than one angle, or so many that the matrix would take more than some 25 GB.
     """
 
     same_for_all = True
@@ -43,6 +44,9 @@ class CT(LinearOperator):
         super().__init__()
         if angles < 1:
             raise ValueError(f"angles must be at least 1, not {angles}")
+        if angles > MOST_ANGLES or angles * math.prod(image_shape) > MOST_WEIGHTS:
+            raise ValueError(f"the matrix of {angles} angles and {image_shape[0]}x{image_shape[1]} pixels would be too "
+                             "large; take fewer angles or smaller images")
         _silence_beta()
         self.image_shape, self.angles = tuple(image_shape), angles
         matrix = radon_matrix(self.image_shape, angles)

@@ -3,11 +3,11 @@ import math
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .base import LinearOperator
+from .files import read_matrix
 from .least_squares import inverse_gain
 
 
@@ -55,11 +55,14 @@ class Deblurring(LinearOperator):
         sigma: float = 1.6,  # of the Gaussian, in pixels
         kernel: Path | None = None,  # a .npy file in place of all these; it is scaled to a sum of 1
     ) -> "Deblurring":
-        """Draw a blur; a kernel that would be larger than the images is cut to them."""
+        """Draw a blur."""
         if kernel is not None:
             return cls(_read_kernel(kernel), image_shape)
         if side < 1 or side % 2 == 0:
             raise ValueError(f"side must be odd and at least 1, or the kernel has no middle, not {side}")
+        if side > min(image_shape):
+            raise ValueError(f"a blur kernel of {side}x{side} is larger than the images, "
+                             f"{image_shape[0]}x{image_shape[1]}")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be above 0, not {sigma}")
         if kind not in ("gaussian", "motion"):
@@ -69,25 +72,35 @@ class Deblurring(LinearOperator):
 
     def A(self, x: Tensor) -> Tensor:
         """(batch, channels, H, W) -> the same."""
-        return self._filtered(x, torch.view_as_complex(self.transfer))
+        return self._filtered(x, self.transfer)
 
     def A_adjoint(self, y: Tensor) -> Tensor:
-        return self._filtered(y, torch.view_as_complex(self.transfer).conj())
+        return self._filtered(y, self._adjoint)
 
     def A_dagger(self, y: Tensor, damping: Tensor | None = None) -> Tensor:
-        transfer = torch.view_as_complex(self.transfer)
-        strength = transfer.abs()
-        direction = transfer.conj() / strength.clamp(min=torch.finfo(strength.dtype).tiny)
-        return self._filtered(y, direction * inverse_gain(strength, damping, y))
+        strength = torch.view_as_complex(self.transfer).abs()
+        direction = self._adjoint / strength.clamp(min=torch.finfo(strength.dtype).tiny)[..., None]
+        return self._filtered(y, direction, inverse_gain(strength, damping, y)[..., None])
 
-    def _filtered(self, x: Tensor, transfer: Tensor) -> Tensor:
+    @property
+    def _adjoint(self) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(self.transfer).conj_physical())
+
+    def _filtered(self, x: Tensor, transfer: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """Multiply frequencies by `transfer`, complex as two numbers, and then by `gain`.
+
+        The gain is real and by itself: products of real numbers are the same to the bit whether it is one for all
+        images or one for each, which PyTorch's of complex numbers are not.
+        """
         self.check_image(x)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.fft.irfft2(torch.fft.rfft2(x.to(self.transfer.dtype)) * transfer, s=self.image_shape)
+            spectrum = torch.fft.rfft2(x.to(self.transfer.dtype)) * torch.view_as_complex(transfer)
+            spectrum = torch.view_as_complex(torch.view_as_real(spectrum) * gain)
+            return torch.fft.irfft2(spectrum, s=self.image_shape)
 
 
 def _gaussian(side: int, sigma: float) -> Tensor:
-    line = torch.exp(-(torch.arange(side, dtype=torch.float64) - side // 2) ** 2 / (2 * sigma**2))
+    line = torch.exp(-((torch.arange(side, dtype=torch.float64) - side // 2) / sigma) ** 2 / 2)
     return line.outer(line) / line.sum() ** 2
 
 
@@ -107,13 +120,7 @@ def _motion(side: int, generator: torch.Generator) -> Tensor:
 
 
 def _read_kernel(path: Path) -> Tensor:
-    try:
-        kernel = np.load(path, allow_pickle=False)
-        kernel = torch.from_numpy(np.asarray(kernel, dtype=np.float64))
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"the kernel {path} is no array of numbers in a .npy file ({error})") from error
-    if kernel.ndim != 2:
-        raise ValueError(f"the kernel {path} has {kernel.ndim} dimensions, not 2")
-    if not kernel.sum().isfinite() or kernel.sum().abs() < 1e-12:
+    kernel = read_matrix(path, "kernel")
+    if kernel.sum().abs() < 1e-12:
         raise ValueError(f"the kernel {path} has the sum {float(kernel.sum())}, and cannot be scaled to 1")
     return kernel / kernel.sum()

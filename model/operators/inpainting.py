@@ -113,7 +113,10 @@ def _stroke(mask: Tensor, a: Tensor, b: Tensor, radius: float) -> None:
 
 
 def _read_mask(path: Path, image_shape: tuple[int, int]) -> Tensor:
-    picture = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    try:
+        picture = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    except cv2.error:  # of more pixels than OpenCV takes
+        picture = None
     if picture is None:
         raise ValueError(f"the mask {path} is no picture that can be read")
     if picture.shape != tuple(image_shape):

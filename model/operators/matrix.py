@@ -1,14 +1,13 @@
 """A matrix of the user's own, for the whole image or for its blocks."""
 import math
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .base import LinearOperator
 from .cs import permuted
+from .files import read_matrix
 from .least_squares import inverse_gain
 
 
@@ -34,9 +33,9 @@ class MatrixSensing(LinearOperator):
         pixels, side = math.prod(image_shape), block_side(matrix.shape[1])
         self.block = tuple(image_shape) if matrix.shape[1] == pixels else (side, side)
         if side == 0 and matrix.shape[1] != pixels or any(a % b for a, b in zip(image_shape, self.block, strict=True)):
-            of_blocks = f"a multiple of {side} a side" if side else "not to be cut into square blocks"
+            of_blocks = f"or be a multiple of {side} a side" if side else "which are not to be cut into square blocks"
             raise ValueError(f"a matrix for {matrix.shape[1]} pixels does not fit images of {image_shape[0]}x"
-                             f"{image_shape[1]}: they must have so many pixels, or be {of_blocks}")
+                             f"{image_shape[1]}: they must have so many pixels, {of_blocks}")
         self.image_shape = tuple(image_shape)
         u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
         self.tight = bool(((s - 1).abs() < 1e-4).all())
@@ -55,11 +54,11 @@ class MatrixSensing(LinearOperator):
     ) -> "MatrixSensing":
         """Read the matrix, and draw the permutation where there is one."""
         permutation = torch.randperm(math.prod(image_shape), generator=generator) if permuted else None
-        return cls(_read(Path(matrix)), image_shape, permutation)
+        return cls(read_matrix(matrix, "matrix"), image_shape, permutation)
 
     @classmethod
     def side_multiple(cls, matrix: Path) -> int:
-        return block_side(max(_read(Path(matrix)).shape)) or 1
+        return block_side(max(read_matrix(matrix, "matrix").shape)) or 1
 
     def A(self, x: Tensor) -> Tensor:
         """(batch, channels, H, W) -> (batch, channels, blocks, M)."""
@@ -105,15 +104,3 @@ def block_side(pixels: int) -> int:
     """B, where B² are so many pixels; 0 where no whole number is."""
     side = math.isqrt(pixels)
     return side if side**2 == pixels else 0
-
-
-@lru_cache(maxsize=2)
-def _read(path: Path) -> Tensor:
-    try:
-        matrix = torch.from_numpy(np.asarray(np.load(path, allow_pickle=False), dtype=np.float64))
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ValueError(f"the matrix {path} is no array of numbers in a .npy file ({error})") from error
-    if matrix.ndim != 2 or not matrix.numel() or not matrix.isfinite().all() or not matrix.any():
-        raise ValueError(f"the matrix {path} must hold finite numbers, not all 0, in 2 dimensions; "
-                         f"its shape is {tuple(matrix.shape)}")
-    return matrix

@@ -8,6 +8,8 @@ from .base import LinearOperator
 from .least_squares import per_image
 
 FLOOR = 1e-4  # λ of the factor of AᵀA + λI: with less, rounding of Aᵀy in fp32 would come back enlarged
+FACTORED = 2**27  # H·W², numbers of the factor, which takes some 6 GB to compute; of more CG is used
+MOST_COILS = 256  # twice as many as there are in any scanner
 
 
 class MRI(LinearOperator):
@@ -85,7 +87,7 @@ class MultiCoilMRI(LinearOperator):
 
     Images as in `MRI`; y is (batch, 2, coils, H, W).  Since all rows of k-space are seen, the rows of the image can be
     solved for one by one: A⁺ is (AᵀA + 1e-4 I)⁻¹Aᵀ by a Cholesky factor for each row, and A A⁺A differs from A by 5e-3
-    at most.  With damping, conjugate gradients solve.
+    at most.  With damping, and for images of H·W² > 2^27, conjugate gradients solve.
 
     Args:
         sensitivities: S, complex, (coils, H, W); sensibly with Σ |S_c|² = 1.
@@ -106,7 +108,10 @@ class MultiCoilMRI(LinearOperator):
         self.image_shape, self.channels = tuple(sensitivities.shape[1:]), 2 if complex_images else 1
         self.register_buffer("sensitivities", torch.view_as_real(sensitivities).float().contiguous())
         self.register_buffer("columns", columns.float())
-        self.register_buffer("factor", torch.view_as_real(self._factor(sensitivities, columns)).float().contiguous())
+        height, width = self.image_shape
+        factored = height * width**2 <= FACTORED
+        self.register_buffer("factor", torch.view_as_real(self._factor(sensitivities, columns)).float().contiguous()
+                             if factored else None)
 
     def _factor(self, sensitivities: Tensor, columns: Tensor) -> Tensor:
         """L, complex, (H, W, W): L Lᴴ = AᵀA + 1e-4 I of each row of the image."""
@@ -131,6 +136,8 @@ class MultiCoilMRI(LinearOperator):
         """Draw the columns, and then smooth sensitivities with Σ |S_c|² = 1."""
         if coils < 1:
             raise ValueError(f"coils must be at least 1, not {coils}")
+        if coils > MOST_COILS:
+            raise ValueError(f"coils must be at most {MOST_COILS}, not {coils}")
         columns = random_columns(image_shape[1], acceleration, center_fraction, generator)
         return cls(_sensitivities(image_shape, coils, generator), columns, complex_images)
 
@@ -148,8 +155,9 @@ class MultiCoilMRI(LinearOperator):
             return _channels((coils * torch.view_as_complex(self.sensitivities).conj()).sum(1), self.channels)
 
     def A_dagger(self, y: Tensor, damping: Tensor | None = None) -> Tensor:
-        if damping is not None and damping.any():
-            return super().A_dagger(y, FLOOR + damping)
+        if self.factor is None or (damping is not None and damping.any()):
+            floor = torch.full((1,), FLOOR, dtype=y.dtype, device=y.device)
+            return super().A_dagger(y, floor if damping is None else FLOOR + damping)
         factor = torch.view_as_complex(self.factor)
         with torch.autocast(y.device.type, enabled=False):
             back = _complex(self.A_adjoint(y)).permute(1, 2, 0)  # (H, W, batch)
@@ -168,6 +176,9 @@ def random_columns(count: int, acceleration: float, center_fraction: float | Non
     fraction = 0.32 / acceleration if center_fraction is None else center_fraction
     if not 0 <= fraction <= 1:
         raise ValueError(f"center_fraction must lie in [0, 1], not {center_fraction}")
+    if center_fraction is not None and center_fraction > 1 / acceleration:
+        raise ValueError(f"center_fraction {center_fraction} is more than the {1 / acceleration:.4g} of the columns "
+                         f"that acceleration {acceleration} leaves")
     low = max(round(count * fraction), 1)
     probability = (count / acceleration - low) / max(count - low, 1)
     columns = (torch.rand(count, generator=generator, dtype=torch.float64) < probability).float()

@@ -47,7 +47,7 @@ class SuperResolution(LinearOperator):
         if kernel not in ("mean", "bicubic"):
             raise ValueError(f"kernel must be one of mean, bicubic, not {kernel}")
         make = _means if kernel == "mean" else _bicubic
-        return cls(*(make(side, factor) for side in image_shape))
+        return cls(*(make(side, min(factor, side)) for side in image_shape))
 
     @classmethod
     def stacked(cls, operators: Sequence["SuperResolution"]) -> "SuperResolution":

@@ -443,6 +443,12 @@ def test_fewer_steps_than_those_of_named_weights_shorten_the_chain(tmp_path):
     (["--operator", "lens"], "invalid choice: 'lens'"),
     (["--operator_settings", "cs_ratio=0.3", "--cs_ratio", "0.3"], "cs_ratio is given twice"),
     (["--operator_settings", "size=3"], "takes no size=3; its settings are cs_ratio, block_size"),
+    (["--operator", "mri", "--operator_settings", "complex_images=true"],
+     "measures images of 2 channels, but pictures are measured in one, their luminance"),
+    (["--operator", "deblurring", "--operator_settings", "kernel=data/even.npy"], "must have odd sides"),
+    (["--operator", "inpainting", "--operator_settings", "mask=data/mask.png"], "mask.png is 3x3, but the images are"),
+    (["--operator", "ct", "--operator_settings", "angles=0"], "angles must be at least 1, not 0"),
+    (["--weights", "channels"], "channels is for images of 2 channels, but pictures are measured in one"),
     (["--noise", "loud"], "a standard deviation, or a range as 0-0.05, not loud"),
     (["--metrics", "lpips"], "alexnet-owt-7be5be79.pth"),
     (["--metrics", "fid"], "weights-inception-2015-12-05-6726825d.pth"),
@@ -472,6 +478,10 @@ def test_mistakes_end_with_one_sentence(place, monkeypatch, capfd, flags, messag
     shutil.copy(place / "data" / "set" / "tiny.png", place / "data" / "nested" / "one")
     (place / "data" / "broken").mkdir(exist_ok=True)
     (place / "data" / "broken" / "cut.png").write_bytes((place / "data" / "set" / "grey.png").read_bytes()[:-100])
+    cv2.imwrite(str(place / "data" / "mask.png"), np.full((3, 3), 255, np.uint8))
+    np.save(place / "data" / "even.npy", np.ones((4, 4)))
+    if "channels" in flags:
+        IDM((32, 64), 1, in_channels=2).save_pretrained(place / "channels")
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, place, "--testset_name", "set", "--result_dir", str(place / "result"), *flags)
     assert stop.value.code == 2

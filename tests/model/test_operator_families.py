@@ -1,5 +1,7 @@
 """Every operator of OPERATORS: against dense matrices at odd sizes, and against what other libraries compute."""
 import math
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -12,7 +14,7 @@ from skimage.transform import radon
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.operators import OPERATORS, Deblurring, LinearOperator, MatrixSensing, MultiCoilMRI, check_operator
+from model.operators import OPERATORS, Deblurring, LinearOperator, MatrixSensing, MultiCoilMRI, check_operator, mri
 
 KERNEL = np.array([[1, 2, 3], [0, 5, 1], [2, 1, 4.0]])  # like no mirror image of its own
 
@@ -268,6 +270,31 @@ def test_a_matrix_of_blocks_and_of_the_image(files):
     assert MatrixSensing.side_multiple(matrix=files / "whole.npy") == 1
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_no_damping_is_damping_0_to_the_bit(case: str, files):
+    """In single precision, in every batch: that of one image, of all, of each its own."""
+    operator = make(case, files)
+    y = operator.A(torch.randn(3, getattr(operator, "channels", 1), *CASES[case][2]))
+    for damping in (torch.zeros(1), torch.zeros(3)):
+        assert torch.equal(operator.A_dagger(y), operator.A_dagger(y, damping))
+
+
+def test_coils_whose_factor_would_be_too_large_are_solved_for_by_conjugate_gradients(monkeypatch):
+    factored = random("multicoil_mri", (8, 12)).double()
+    monkeypatch.setattr(mri, "FACTORED", 8 * 12 * 12 - 1)
+    operator = random("multicoil_mri", (8, 12)).double()
+    assert operator.factor is None
+    x = torch.eye(96, dtype=torch.float64).view(96, 1, 8, 12)
+    matrix = operator.A(x).flatten(1).T
+    expected = torch.linalg.solve(matrix.T @ matrix + 1e-4 * torch.eye(96), matrix.T)
+    for damping in (None, torch.zeros(1, dtype=torch.float64)):
+        eye = torch.eye(len(matrix), dtype=torch.float64)
+        found = operator.A_dagger(eye.view(-1, *operator.A(x).shape[1:]), damping)
+        assert torch.allclose(found.flatten(1).T, expected, atol=1e-9)
+    y = operator.A(torch.rand(2, 1, 8, 12, dtype=torch.float64))
+    assert torch.allclose(operator.A_dagger(y), factored.A_dagger(y), atol=1e-3)
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "settings", "message"), [
@@ -293,6 +320,63 @@ def test_a_matrix_of_blocks_and_of_the_image(files):
 def test_impossible_settings(name: str, settings: dict, message: str, files):
     with pytest.raises(ValueError, match=message):
         random(name, **with_files(settings, files))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"PK\x03\x04 no archive", "magic string"),
+    (b"\x93NUMPY\x01\x00\x13\x00{'descr': '''<f8', ", "no array of numbers"),  # a header that does not end
+    (b"\x93NUMPY\x01\x00\x20\x4e" + b"-" * 20000, "no array of numbers"),
+    (b"", "no array of numbers"),
+    (np.ones((3, 9)) * (1 + 1j), "no array of real numbers, but of complex128"),
+    (np.array([["1", "2"]]), "no array of real numbers"),
+    (np.full((3, 9), 1e300), "finite numbers"),  # which float32 cannot hold
+    (np.full((3, 9), 1e-300), "not all 0"),
+    (np.full((3, 9), np.nan), "finite numbers"),
+    (np.ones(9), r"in 2 dimensions; its shape is \(9,\)"),
+    (None, "no array of numbers"),
+])
+@pytest.mark.parametrize(("name", "setting"), [("matrix", "matrix"), ("deblurring", "kernel")])
+def test_files_that_hold_no_matrix(name: str, setting: str, content, message: str, tmp_path):
+    path = tmp_path / "numbers.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(ValueError, match=f"the {setting} .*numbers.npy .*{message}"):
+        random(name, **{setting: path})
+
+
+def test_a_file_is_read_anew_when_it_has_changed(tmp_path):
+    path, x = tmp_path / "matrix.npy", torch.rand(1, 1, 3, 3)
+    for matrix in (np.eye(9)[:4], np.eye(9)[5:]):
+        np.save(path, matrix)
+        y = random("matrix", (3, 3), matrix=path).A(x)
+        assert torch.allclose(y.flatten(), torch.from_numpy(matrix).float() @ x.flatten())
+
+
+def test_a_mask_of_more_pixels_than_can_be_read(tmp_path):
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(9))) +
+        chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="mask.png is no picture"):
+        random("inpainting", mask=tmp_path / "mask.png")
+
+
+def test_factors_beyond_the_image_are_those_of_all_of_it():
+    x = torch.rand(1, 1, 12, 16)
+    y = random("super_resolution", factor=10**30).A(x)
+    assert torch.allclose(y, x.sum().view(1, 1, 1, 1) / math.sqrt(12 * 16))
+    y = random("super_resolution", factor=10**30, kernel="bicubic").A(x)
+    assert torch.allclose(y, F.interpolate(x, (1, 1), mode="bicubic", antialias=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(("sigma", "kernel"), [(1e200, np.full((3, 3), 1 / 9)), (1e-200, np.eye(3) * [0, 1, 0])])
+def test_widths_of_a_blur_whose_squares_overflow(sigma: float, kernel: np.ndarray):
+    blurred = random("deblurring", (5, 5), side=3, sigma=sigma).A(F.pad(torch.ones(1, 1, 1, 1), (2, 2, 2, 2)))
+    assert np.allclose(blurred[0, 0, 1:4, 1:4], kernel, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "settings", "x", "message"), [

@@ -401,6 +401,11 @@ def test_a_seed_of_any_length_and_many_unreadable_pictures(call, data, tmp_path,
 @pytest.mark.parametrize(("more", "sentence"), [
     (["--patch_size", "40"], "--patch_size must be a multiple of 16 here, not 40"),
     (["--patch_size", "27", "--block_size", "3"], "--patch_size must be a multiple of 24 here, not 27"),
+    (["--operator", "cs,mri", "--operator_settings", "mri.complex_images=true"],
+     "measures images of 2 channels, but pictures are measured in one, their luminance"),
+    (["--operator", "cs,ct", "--operator_settings", "ct.angles=0"], "angles must be at least 1, not 0"),
+    (["--operator", "cs,deblurring", "--operator_settings", "deblurring.side=4"], "side must be odd"),
+    (["--noise", "1e400"], "a standard deviation, or a range as 0-0.05, not 1e400"),
     (["--cs_ratio", "0.5-0.1"], "--cs_ratio: the range 0.5-0.1 must go from a lower ratio to a higher one"),
     (["--cs_ratio", "0.1-1.5"], "--cs_ratio: must lie in (0, 1], not 1.5"),
     (["--cs_ratio", "10"], "--cs_ratio: must lie in (0, 1], not 10; 10 % is 0.1"),
@@ -433,6 +438,13 @@ def test_a_users_mistake_is_one_sentence_and_status_2(call, capsys, more, senten
     printed = capsys.readouterr()
     assert ended.value.code == 2
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and sentence in printed.err
+
+
+def test_a_network_of_two_channels_is_not_trained_on_pictures(call, capsys, tmp_path):
+    IDM((32, 64), 2, in_channels=2).save_pretrained(tmp_path / "channels")
+    with pytest.raises(SystemExit) as ended:
+        call("--base_model", str(tmp_path / "channels"))
+    assert ended.value.code == 2 and "channels is for images of 2 channels, but" in capsys.readouterr().err
 
 
 def test_an_earlier_run_is_neither_overwritten_nor_continued_with_other_settings(call, whole, capsys):

@@ -284,6 +284,9 @@ def check_fits(net: IDM, settings: Settings) -> None:
         if config[name] != value:
             raise UserError(f"the network of {settings.decay_from or settings.base_model} has {name} {config[name]}; "
                             f"leave out --{name}")
+    if net.config.in_channels != 1:
+        raise UserError(f"the network of {settings.decay_from or settings.base_model} is for images of "
+                        f"{net.config.in_channels} channels, but pictures are measured in one, their luminance")
     measured = settings.measured(settings.cs_ratio.values)
     multiple = math.lcm(net.size_multiple, *(each.side_multiple for each in measured))
     if settings.patch_size % multiple:
