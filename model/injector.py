@@ -54,4 +54,4 @@ class Injector(nn.Module):
         image = F.pixel_shuffle(z, self.factor)
         consistent = F.pixel_unshuffle(dagger(operator, operator.A(image)), self.factor)
         images = torch.cat((z, consistent, back_projection), dim=1).reshape(batch, -1, *flat)
-        return features + self.unlift[step - 1](images).reshape(features.shape)
+        return self.unlift[step - 1](images).reshape(features.shape).add_(features)

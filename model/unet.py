@@ -215,12 +215,17 @@ class UpBlock(nn.Module):
         self.merge_scale = scale.scale_parameter(0.0)  # m
         self.upsample = Upsample2D(scale.channels, use_conv=True) if upsample else None
 
-    def forward(self, x: Tensor, inputs: Inputs) -> Tensor:
-        """(batch, in_channels, h, w) -> (batch, channels, h, w), or (batch, channels, 2h, 2w) with an upsampler."""
-        x = _between_chains(self.entry, inputs, x, *self.entry.reads(inputs))
+    def forward(self, features: list[Tensor], inputs: Inputs) -> Tensor:
+        """(batch, in_channels, h, w) -> (batch, channels, h, w), or (batch, channels, 2h, 2w) with an upsampler.
+
+        The features are taken out of the list, so that nobody holds them while the streams are computed.
+        """
+        x = _between_chains(self.entry, inputs, features.pop(), *self.entry.reads(inputs))
         x1, x2 = _through(self.chain, inputs, *_split(self, x), self.halves)
         x = _merged(x1, x2, self.merge_scale)
-        return x if self.upsample is None else _between_chains(self.upsample, inputs, x)
+        if self.upsample is None:
+            return x
+        return strips.upsample(self.upsample, x) if strips.worthwhile(x) else _between_chains(self.upsample, inputs, x)
 
 
 class UNet(nn.Module):
@@ -252,10 +257,11 @@ class UNet(nn.Module):
         x = inputs.skips["conv_in"] = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x, inputs)
-        x = torch.cat((x, x), dim=1)  # stands for the removed up block, which would deliver twice the width
+        features = [torch.cat((x, x), dim=1)]  # stands for the removed up block, which would deliver twice the width
+        del x
         for block in self.up_blocks:
-            x = block(x, inputs)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            features.append(block(features, inputs))
+        return self.conv_out(F.silu(self.conv_norm_out(features.pop())))
 
     def set_attention_windows(self, narrow: int | None, wide: int | None) -> None:
         for blocks, sides in ((self.down_blocks, (narrow, wide)), (self.up_blocks, (wide, narrow))):
