@@ -11,7 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import architecture, gradient_fidelity_report, memory, operators_report, screenshots, teaser  # noqa: E402
+from benchmarks import (  # noqa: E402
+    architecture,
+    gradient_fidelity_report,
+    memory,
+    operators_report,
+    reverse_anything_report,
+    screenshots,
+    teaser,
+)
 from benchmarks.pictures import plt, save  # noqa: E402
 from utils.comparison.published import RATIOS, published_averages  # noqa: E402
 
@@ -78,6 +86,7 @@ DRAWINGS = {
     "app.png": screenshots.app,
     "report.png": screenshots.report,
     "operators.png": operators_report.draw,
+    "reverse_anything.png": lambda path: reverse_anything_report.draw(results("benchmarks/reverse_anything"), path),
     "teaser.png": teaser.draw,
 }
 

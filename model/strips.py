@@ -22,7 +22,8 @@ def worthwhile(x: Tensor) -> bool:
 
     Not where gradients are off alone: so are they where the engine computes what it will compute again, to the bit.
     """
-    return x.shape[-2] * x.shape[-1] > TOKENS and torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    large = x.shape[-2] * x.shape[-1] > TOKENS
+    return large and torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
 
 
 def resnet(block: ResnetBlock2D, *features: Tensor) -> Tensor:
