@@ -50,6 +50,13 @@ class LinearOperator(nn.Module):
         """Return the operator that measures image i of a batch by operators[i]; all are drawn with equal settings."""
         return PerImageOperator(operators)
 
+    def renew(self) -> None:
+        """Find out again what follows from the buffers, such as `tight`: `load_state_dict` has replaced them."""
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.renew()
+
     def A(self, x: Tensor) -> Tensor:
         """Measure images x (batch, 1, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} must define A")

@@ -51,6 +51,9 @@ class BlockCompressedSensing(LinearOperator):
                 raise ValueError(f"the permutation must have each of 0, …, {pixels - 1} once; {wrong} are amiss")
         self.register_buffer("permutation", permutation)
         self.register_buffer("inverse_permutation", inverse)
+        self.renew()
+
+    def renew(self) -> None:
         self._orthonormal: bool | None = None  # not measured yet
 
     @classmethod

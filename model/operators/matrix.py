@@ -38,11 +38,14 @@ class MatrixSensing(LinearOperator):
                              f"{image_shape[1]}: they must have so many pixels, {of_blocks}")
         self.image_shape = tuple(image_shape)
         u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-        self.tight = bool(((s - 1).abs() < 1e-4).all())
         for name, tensor in (("matrix", matrix), ("u", u), ("s", s), ("vt", vt)):
             self.register_buffer(name, tensor.float().contiguous())
         self.register_buffer("permutation", permutation)
         self.register_buffer("inverse_permutation", None if permutation is None else permutation.argsort())
+        self.renew()
+
+    def renew(self) -> None:
+        self.tight = bool(((self.s - 1).abs() < 1e-4).all())
 
     @classmethod
     def random(

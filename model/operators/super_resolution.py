@@ -27,11 +27,14 @@ class SuperResolution(LinearOperator):
         super().__init__()
         self.image_shape = rows.shape[1], columns.shape[1]
         self.small_shape = len(rows), len(columns)
-        self.tight = all(torch.allclose(m @ m.T, torch.eye(len(m), dtype=m.dtype), atol=1e-5) for m in (rows, columns))
         for name, matrix in (("rows", rows), ("columns", columns)):
             u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
             for part, tensor in (("", matrix), ("_u", u), ("_s", s), ("_vt", vt)):
                 self.register_buffer(name + part, tensor.float().contiguous())
+        self.renew()
+
+    def renew(self) -> None:
+        self.tight = bool(((torch.cat((self.rows_s, self.columns_s)) - 1).abs() < 1e-5).all())
 
     @classmethod
     def random(

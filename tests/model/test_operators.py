@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model import BlockCompressedSensing
-from model.operators import random_sampling_matrix
+from model.operators import MatrixSensing, random_sampling_matrix
 
 
 def make(image_shape=(8, 12), cs_ratio=0.3, block_size=4, seed=0, dtype=torch.float64) -> BlockCompressedSensing:
@@ -155,3 +155,28 @@ def test_a_batch_may_be_empty():
     operator = make()
     y = operator.A(torch.zeros(0, 1, 8, 12))
     assert len(y) == 0 and operator.A_adjoint(y).shape == (0, 1, 8, 12)
+
+
+@pytest.mark.parametrize("kind", ["cs", "matrix"])
+def test_numbers_loaded_into_an_operator_decide_anew_whether_it_is_tight(kind):
+    generator = torch.Generator().manual_seed(0)
+    other = torch.randn(16, 6, generator=generator)
+    orthonormal = torch.linalg.qr(other).Q
+    permutation = torch.randperm(64, generator=generator)
+
+    def operator(phi: torch.Tensor):
+        phi = phi.clone()  # loading writes into it
+        return (BlockCompressedSensing(phi, permutation, (8, 8)) if kind == "cs" else
+                MatrixSensing(phi.T, (8, 8), permutation))
+
+    now, wanted = operator(orthonormal), operator(other)
+    assert now.tight and not wanted.tight
+    now.load_state_dict(wanted.state_dict())
+    assert not now.tight
+    y = now.A(torch.rand(1, 1, 8, 8, generator=generator))
+    blocks = (y.reshape(4, 6).double() @ torch.linalg.pinv(other.double())).reshape(-1)  # z with Φᵀz = y, of least norm
+    image = torch.empty(64, dtype=torch.float64)
+    image[permutation] = blocks
+    torch.testing.assert_close(now.A_dagger(y).flatten().double(), image, rtol=1e-4, atol=1e-4)
+    now.load_state_dict(operator(orthonormal).state_dict())
+    assert now.tight
