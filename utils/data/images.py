@@ -107,7 +107,8 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     Returns luminance, uint8 (H, W), and YCrCb, uint8 (H, W, 3), or None for a grey picture.
 
     Raises UserError where the file is missing, no picture, damaged as far as its format can tell (uncompressed files
-    have no checksum, and LZW's lengths tell a part), of more than MAX_PIXELS, or of a kind of which the right values are not known.
+    have no checksum, and LZW's lengths tell a part), of more than MAX_PIXELS, or of a kind of which the right values
+    are not known.
     """
     try:
         content = Path(path).read_bytes()  # not cv2.imread, which cannot open every non-ASCII path
