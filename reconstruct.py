@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from model import SelfEnsemble, WeightsError
-from utils.data.images import file_stem, find_pictures, read_picture, write_reconstruction
+from utils.data.images import file_stem, find_pictures, is_picture_name, read_picture, write_reconstruction
 from utils.data.testsets import Picture
 from utils.devices import PRECISIONS, memory_suffices, open_device
-from utils.errors import UserError, printable, run
+from utils.errors import UserError, listed, note, printable, run
 from utils.evaluation.evaluate import STANDARD, Measured, Network, Result, in_255, measure, score
 from utils.evaluation.photograph import fitting_window, recover, window_note
 from utils.evaluation.report import shown
@@ -54,6 +54,8 @@ def main() -> None:
         raise UserError("reconstruct.py takes one --cs_ratio at a time")
     folder = args.result_dir / measurement.name
     targets = find_targets(args.photos, folder)
+    if left := passed_over(args.photos, folder):
+        note(f"not read as pictures: {listed(left)}")
     weights = WeightFlags(args.weights, step_number=args.step_number)
     path, device = weights.find(measurement), open_device(args.device)
     make_folder(folder, "--result_dir")
@@ -144,6 +146,13 @@ def find_targets(photos: list[Path], folder: Path) -> dict[Path, Path]:
                             "one, or reconstruct them into two folders with --result_dir")
         sources[target] = photo
     return targets
+
+
+def passed_over(photos: list[Path], folder: Path) -> list[str]:
+    """Return the files below the folders named that are no pictures by their names, without those below `folder`."""
+    return [str(path) for photo in photos if photo.is_dir() for path in sorted(photo.rglob("*"))
+            if path.is_file() and not is_picture_name(path.name) and not path.name.startswith(".")
+            and not path.resolve().is_relative_to(folder.resolve())]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -53,7 +53,7 @@ from model.unet import Attention, Resnet  # noqa: E402
 from utils.data.testsets import SAMPLE_SIZE, load_testset  # noqa: E402
 from utils.devices import PRECISIONS, computing_in  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 
 LOSS_SCALE = 4096.0  # a power of two: of consequence in fp16 alone, whose smallest numbers are 6e-8
 Gradients = dict[str, Tensor]
@@ -269,8 +269,8 @@ def main() -> None:
                              "are summed up in fp32 and rounded once, as tensor cores do")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--draws", type=int, default=4, help="of crops, operator and fresh weights, averaged over")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gradient_fidelity.json")
-    parser.add_argument("--figure", type=Path, default=ROOT / "figs" / "gradient_fidelity.png")
+    parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "gradient_fidelity.json")
+    parser.add_argument("--figure", type=file_path, default=ROOT / "figs" / "gradient_fidelity.png")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is what is compared with
 

@@ -36,7 +36,7 @@ from model.memory import FollowTensors  # noqa: E402
 from utils import errors  # noqa: E402
 from utils.devices import computing_in  # noqa: E402
 from utils.evaluation.speed import compile_blocks, half_precisions  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 
 Size = tuple[int, int]
 MEASUREMENTS, PIXELS = 103, 1024  # M and N at 10 %; the ratio hardly matters here
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each setting, after one that is not")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "inference.json")
+    parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "inference.json")
     args = parser.parse_args()
     args.size = tuple(args.size)
     result = measure(args)

@@ -27,7 +27,7 @@ from benchmarks.machine import machine, save_results  # noqa: E402
 from utils.data.crops import TrainingCrops  # noqa: E402
 from utils.data.images import read_picture  # noqa: E402
 from utils.errors import run  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 
 BASELINE = "decoding as given"
 
@@ -44,13 +44,13 @@ class Decoding:
 
 def main() -> None:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--train_dir", type=Path, default=ROOT / "data" / "pristine_images")
+    parser.add_argument("--train_dir", type=file_path, default=ROOT / "data" / "pristine_images")
     parser.add_argument("--patch_size", type=int, nargs="+", default=[64, 128, 256], help="sides of a crop in pixels")
     parser.add_argument("--num_workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1, help="for each setting in each round")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "loader.json")
+    parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "loader.json")
     args = parser.parse_args()
 
     cv2.setNumThreads(1)  # a loader's work is spread over processes

@@ -28,7 +28,7 @@ from model.memory import FollowTensors  # noqa: E402
 from model.unet import Attention, Resnet  # noqa: E402
 from utils.devices import PRECISIONS, computing_in  # noqa: E402
 from utils.errors import run  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 
 SETTINGS = ("none", "checkpoint", "sampling", "unet", "both")
 LABELLED, GPU_GB = 3, 24  # the T whose gigabytes are written out in the figure, and the line of a common GPU
@@ -136,8 +136,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "counted",
                         help="counted: tensors without data; or cpu, cuda")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "memory.json")
-    parser.add_argument("--figure", type=Path, default=ROOT / "figs" / "memory.png")
+    parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "memory.json")
+    parser.add_argument("--figure", type=file_path, default=ROOT / "figs" / "memory.png")
     args = parser.parse_args()
     result = measure(args)
     save_results(args.out, result)

@@ -22,17 +22,18 @@ from utils.devices import PRECISIONS  # noqa: E402
 from utils.errors import run  # noqa: E402
 from utils.evaluation.evaluate import evaluate, mean_scores  # noqa: E402
 from utils.evaluation.protocol import Protocol  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 from utils.measurement import Measurement  # noqa: E402
 
 
 def main() -> None:
     parser = Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", default="weight/compact", help="from the repository's folder, or absolute")
+    parser.add_argument("--weights", type=file_path, default=Path("weight/compact"),
+                        help="from the repository's folder, or absolute")
     parser.add_argument("--testset_name", default="Samples")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "data")
+    parser.add_argument("--data_dir", type=file_path, default=ROOT / "data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "precision_cost.json")
+    parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "precision_cost.json")
     args = parser.parse_args()
 
     pictures = load_testset(args.testset_name, args.data_dir)
@@ -48,7 +49,7 @@ def main() -> None:
                 scores[precision] = mean_scores(evaluate(net, pictures, protocol, args.device)).psnr
         cells = [f"{scores[half]:.4f} ({scores['fp32'] - scores[half]:.4f})" for half in scores if half != "fp32"]
         print(f"| {100 * ratio:g} % | {scores['fp32']:.4f} | {' | '.join(cells)} |", flush=True)
-    result = {"weights": args.weights, "testset": args.testset_name, "pictures": len(pictures),
+    result = {"weights": str(args.weights), "testset": args.testset_name, "pictures": len(pictures),
               "machine": machine(args.device), "psnr": psnr}
     save_results(args.out, result)
 

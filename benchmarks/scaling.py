@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import save_results  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from utils.errors import run  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 
 # The CPU's attention, of which the registry does not know.
 FORMULAS = flop_registry | {
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--step_number", type=int, default=3, help="T")
     parser.add_argument("--crops", type=int, nargs="+", default=[64, 128, 256], help="sides of crops in pixels")
     parser.add_argument("--measure", action="store_true", help="time an all-reduce of all gradients on this machine")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "scaling.json")
+    parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "scaling.json")
     args = parser.parse_args()
 
     parameters = sum(p.numel() for p in IDM((args.width, 2 * args.width), args.step_number).parameters())

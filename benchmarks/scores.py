@@ -20,16 +20,18 @@ from benchmarks.machine import machine, save_results  # noqa: E402
 from utils.comparison.published import RATIOS  # noqa: E402
 from utils.data.testsets import KNOWN_SETS  # noqa: E402
 from utils.errors import UserError, run  # noqa: E402
-from utils.flags import Parser, percent  # noqa: E402
+from utils.flags import Parser, file_path, percent  # noqa: E402
 
 
 def main() -> None:
     parser = Parser(__doc__.splitlines()[0])
-    parser.add_argument("--weights", default="weight/compact", help="from the repository's folder, or absolute")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "data")
+    parser.add_argument("--weights", type=file_path, default=Path("weight/compact"),
+                        help="from the repository's folder, or absolute")
+    parser.add_argument("--data_dir", type=file_path, default=ROOT / "data")
     parser.add_argument("--processes", type=int, default=1, help="that share the pictures")
     parser.add_argument("--seed", default="2025", help="of test.py")
-    parser.add_argument("--out", type=Path, help="weight/compact/scores.json if not given, which is for the defaults")
+    parser.add_argument("--out", type=file_path,
+                        help="weight/compact/scores.json if not given, which is for the defaults")
     args = parser.parse_args()
     if args.out is None and any(getattr(args, name) != parser.get_default(name) for name in ("weights", "seed")):
         raise UserError("--weights and --seed need an --out; weight/compact/scores.json is of neither")
@@ -38,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as results:
         start = time.monotonic()
         test = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                               str(args.processes), "test.py", "--weights", args.weights, "--data_dir",
+                               str(args.processes), "test.py", "--weights", str(args.weights), "--data_dir",
                                str(args.data_dir.resolve()), "--testset_name", ",".join(KNOWN_SETS), "--cs_ratio",
                                "/".join(map(str, RATIOS)), "--seed", args.seed, "--precision", "fp32",
                                "--result_dir", results],
@@ -49,7 +51,7 @@ def main() -> None:
         scores = {name: {str(ratio): averages(Path(results, name, percent(ratio), "scores.csv"))
                          for ratio in RATIOS} for name in KNOWN_SETS}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result = {"weights": args.weights, "seed": int(args.seed), "commit": commit.stdout.strip(),
+    result = {"weights": str(args.weights), "seed": int(args.seed), "commit": commit.stdout.strip(),
               "machine": {**machine(), "threads": threads}, "processes": args.processes,
               "minutes": round(minutes, 1), "scores": scores}
     save_results(out, result)

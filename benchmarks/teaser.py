@@ -21,7 +21,7 @@ from utils.errors import UserError, listed, run  # noqa: E402
 from utils.evaluation.evaluate import evaluate  # noqa: E402
 from utils.evaluation.protocol import Protocol  # noqa: E402
 from utils.files import write_atomic  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 from utils.measurement import Measurement  # noqa: E402
 
 WEIGHTS = ROOT / "weight" / "compact"
@@ -33,8 +33,8 @@ DETAILS = {"chelsea": (70, 30), "coffee": (196, 160)}  # top left corner of a pi
 def main() -> None:
     parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("--pictures", default="chelsea,coffee", help="of the Samples")
-    parser.add_argument("--weights", default=WEIGHTS)
-    parser.add_argument("--out", type=Path, default=ROOT / "figs" / "teaser.png")
+    parser.add_argument("--weights", type=file_path, default=WEIGHTS)
+    parser.add_argument("--out", type=file_path, default=ROOT / "figs" / "teaser.png")
     args = parser.parse_args()
     draw(args.out, args.pictures.split(","), args.weights)
 

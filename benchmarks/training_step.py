@@ -27,7 +27,7 @@ from benchmarks.published_step import published  # noqa: E402
 from model import IDM, BlockCompressedSensing  # noqa: E402
 from model.idm import INVERTIBLE  # noqa: E402
 from utils.errors import run  # noqa: E402
-from utils.flags import Parser  # noqa: E402
+from utils.flags import Parser, file_path  # noqa: E402
 
 Seconds = tuple[float, float]  # on the clock, and of the CPU
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--step_number", type=int, default=3, help="T")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps a setting, after one that is not counted")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "training_step.json")
+    parser.add_argument("--out", type=file_path, default=ROOT / "benchmarks" / "training_step.json")
     args = parser.parse_args()
 
     torch.manual_seed(0)

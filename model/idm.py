@@ -291,7 +291,7 @@ class IDM(ModelMixin, ConfigMixin):
         Cr and Cb are the image's own, as in the paper's pictures.  Put the network into eval mode first.
 
         Raises:
-            ValueError: for an image of another type or shape, or an impossible ratio.
+            ValueError: for an image of another type or shape, or an impossible ratio or block size.
         """
         return photograph.reconstruct(self, image, cs_ratio, block_size, seed)
 

@@ -15,6 +15,8 @@ def luminance(
     image: np.ndarray,  # uint8, (H, W) or RGB (H, W, 3)
 ) -> np.ndarray:
     """Return Y of OpenCV's YCrCb, which is BT.601 over the full range: uint8 (H, W); raises ValueError for another."""
+    if not isinstance(image, np.ndarray):  # as None, which cv2.imread returns of a missing file
+        raise ValueError(f"an image must be a numpy array, uint8 and (H, W) or (H, W, 3), not {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
         raise ValueError(f"an image must be uint8 and (H, W) or (H, W, 3), not {image.dtype} and {image.shape}")
     if image.ndim == 2:
@@ -40,7 +42,9 @@ def with_luminance(
 @torch.inference_mode()
 def reconstruct(net: "IDM", image: np.ndarray, cs_ratio: float, block_size: int, seed: int) -> np.ndarray:
     """See `IDM.reconstruct`."""
-    truth = luminance(image)
+    truth = np.ascontiguousarray(luminance(image))  # which a picture turned upside down is not
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, not {block_size}")
     height, width = truth.shape
     x = torch.from_numpy(truth).to(net.device)[None, None] / 255
     x = F.pad(x, (0, -width % block_size, 0, -height % block_size))

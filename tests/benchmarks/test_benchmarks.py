@@ -1,5 +1,7 @@
 """What the benchmarks count, against what can be told beforehand."""
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import cv2
 import pytest
@@ -46,6 +48,13 @@ def test_operations_are_two_for_each_multiplication_and_addition():
     expected = 2 * 2 * 16 * 16 * 5 * 3 * 9
     assert (forward.total, backward.total) == (expected, expected)
     assert attention.total == 2 * 2 * 4 * 64 * 64 * 8
+
+
+def test_flags_that_name_files_know_what_a_tilde_means():
+    """A shell leaves ~ as it is behind --flag=; file_path does not, where pathlib's Path does."""
+    untyped = re.compile(r"type=Path\b|\"--(weights|out|\w+_dir|figure)\", default")
+    scripts = Path(redraw.__file__).parent.glob("*.py")
+    assert [script.name for script in scripts if untyped.search(script.read_text())] == []
 
 
 def test_figures_are_drawn_from_what_is_in_the_repository(tmp_path):

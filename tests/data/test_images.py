@@ -126,6 +126,40 @@ def test_a_deflate_tiff_with_any_bit_flipped_is_refused(tmp_path, damage):
             read_picture(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("predictor, found", [(1, 18), (2, 18)])
+def test_an_lzw_tiff_is_refused_where_its_strips_have_another_length(tmp_path, predictor, found):
+    """Zeros from any byte to the end of the strip; a flipped bit shows in three of ten files, by the length alone."""
+    photograph().save(tmp_path / "a.tif", compression="tiff_lzw", tiffinfo={317: predictor})
+    intact, rng = (tmp_path / "a.tif").read_bytes(), np.random.default_rng(0)
+    read_picture(tmp_path / "a.tif")
+    refused = 0
+    for at in rng.integers(500, len(intact) - 500, 60):
+        (tmp_path / "a.tif").write_bytes(intact[:at] + bytes([intact[at] ^ 1 << rng.integers(8)]) + intact[at + 1:])
+        try:
+            read_picture(tmp_path / "a.tif")
+        except UserError as error:
+            assert "a.tif: it is damaged" in str(error)
+            refused += 1
+    assert refused >= found
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("predictor", [1, 2])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_intact_lzw_tiffs_are_read(tmp_path, rows, predictor, depth):
+    pictures = {"colour": skimage.data.chelsea(), "grey": skimage.data.camera(), "1x1": np.full((1, 1), 200, np.uint8),
+                "white": np.full((700, 900), 255, np.uint8), "even": np.full((90, 31), 70, np.uint8),
+                "noise": np.random.default_rng(0).integers(20, 256, (301, 299, 3), dtype=np.uint8)}
+    for name, pixels in pictures.items():
+        cv2.imwrite(str(tmp_path / "a.tif"), pixels if depth == 8 else pixels.astype(np.uint16) * 257,
+                    [cv2.IMWRITE_TIFF_COMPRESSION, 5, cv2.IMWRITE_TIFF_ROWSPERSTRIP, rows,
+                     cv2.IMWRITE_TIFF_PREDICTOR, predictor])
+        expected = cv2.cvtColor(pixels, cv2.COLOR_BGR2YCrCb)[..., 0] if pixels.ndim == 3 else pixels
+        assert (read_picture(tmp_path / "a.tif")[0] == expected).all(), name
+    Image.fromarray(pictures["colour"]).convert("1").save(tmp_path / "a.tif", compression="tiff_lzw")
+    assert set(np.unique(read_picture(tmp_path / "a.tif")[0])) == {0, 255}
+
+
 @pytest.mark.parametrize("name, options, kept", [("a.tif", {"compression": "tiff_lzw"}, bytes(300)),
                                                  ("b.tif", {"compression": "jpeg", "quality": 90}, bytes(300)),
                                                  ("a.jpg", {"quality": 90}, b""),

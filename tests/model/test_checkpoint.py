@@ -808,3 +808,12 @@ def test_a_hub_id_is_downloaded_once_and_what_changes_in_the_cache_is_noticed(un
     first.resolve().chmod(0o644)
     first.resolve().write_bytes(content)
     refused(IDM.from_unet, unet_folder, names=(first, "SHA-256"))
+
+
+@pytest.mark.parametrize("setting", [{"a\n\x1b[31m": 1}, {"coupling": "a\n\x1b[31m"}, {"_class_name": "a\n\x1b[31m"},
+                                     {"attention_window": {"a\n\x1b[31m": 1}}])
+def test_a_terminal_obeys_nothing_in_a_config(tmp_path, setting):
+    IDM.compact(32, 1, shuffle=2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | setting))
+    refused(IDM.from_checkpoint, tmp_path, names=("\\x1b[31m",))

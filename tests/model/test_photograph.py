@@ -64,11 +64,21 @@ def test_a_photograph_of_which_everything_is_measured_comes_back(net):
 
 def test_other_images_are_refused(net):
     for image in (np.zeros((8, 8), np.float32), np.zeros((8, 8, 4), np.uint8), np.zeros((0, 8), np.uint8),
-                  np.zeros(8, np.uint8)):
+                  np.zeros(8, np.uint8), np.full((8, 8), np.nan), np.zeros((8, 8, 1), np.uint8), np.zeros((8, 8), bool),
+                  np.zeros((8, 8), np.uint16), None, [[0, 1]], torch.zeros(8, 8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="uint8 and"):
             net.reconstruct(image)
     with pytest.raises(ValueError, match="cs_ratio"):
         net.reconstruct(np.zeros((8, 8), np.uint8), 1.5)
+    with pytest.raises(ValueError, match="block_size must be at least 1, not 0"):
+        net.reconstruct(np.zeros((8, 8), np.uint8), block_size=0)
+
+
+def test_an_image_that_is_a_view_of_another_is_as_good_as_a_copy(net):
+    image = np.random.default_rng(0).integers(0, 256, (19, 22, 3), np.uint8)
+    for view in (image[::-1, ::2], image[::-1, ::-1, 0], image[..., ::-1].transpose(1, 0, 2), image[..., 1].T):
+        assert np.array_equal(net.reconstruct(view, 0.3, block_size=8),
+                              net.reconstruct(view.copy(), 0.3, block_size=8))
 
 
 def test_progress_is_the_share_of_multiplications_and_ends_at_one(net):

@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from utils.data.lzw import lzw_length
 from utils.errors import UserError, first_line
 from utils.files import write_atomic
 
@@ -106,7 +107,8 @@ def read_picture(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     Returns luminance, uint8 (H, W), and YCrCb, uint8 (H, W, 3), or None for a grey picture.
 
     Raises UserError where the file is missing, no picture, damaged as far as its format can tell (uncompressed files
-    have no checksum, nor has LZW), of more than MAX_PIXELS, or of a kind of which the right values are not known.
+    have no checksum, and LZW's lengths tell a part), of more than MAX_PIXELS, or of a kind of which the right values
+    are not known.
     """
     try:
         content = Path(path).read_bytes()  # not cv2.imread, which cannot open every non-ASCII path
@@ -176,6 +178,7 @@ def _check(content: bytes) -> bool:
 
 def _check_tiff(picture: Image.Image, content: bytes) -> None:
     tags, compression = picture.tag_v2, picture.tag_v2.get(259)
+    lengths = _lzw_lengths(picture) if compression == 5 else ()
     for start, length in zip(tags.get(273) or tags.get(324), tags.get(279) or tags.get(325), strict=True):
         strip = content[start:start + length]  # or tile
         if compression in (8, 32946):  # deflate, whose checksums libtiff does not look at
@@ -183,6 +186,8 @@ def _check_tiff(picture: Image.Image, content: bytes) -> None:
             stream.decompress(strip, 8 * MAX_PIXELS)
             if not stream.eof:
                 raise ValueError("a strip of it is cut short")
+        elif lengths and strip[:1] != b"\0" and lzw_length(strip) not in lengths:  # 0: the bits' order before TIFF 5
+            raise ValueError("a strip of it has another length than its picture")
         elif compression == 7:  # JPEG, which may have its tables elsewhere
             tables = tags.get(347, b"")
             simplejpeg.decode_jpeg(tables[:-2] + strip[2:] if tables else strip, "GRAY", strict=True)
@@ -192,6 +197,20 @@ def _check_tiff(picture: Image.Image, content: bytes) -> None:
         raise _Unsuitable("OpenCV would read it wrongly, as CIELAB or 16-bit planes; save it as PNG")
     if picture.mode == "RGBA" and 8 in depths and picture.getextrema()[3][0] < 255:
         raise _Unsuitable("OpenCV would darken it where it is transparent; save it without alpha")
+
+
+def _lzw_lengths(picture: Image.Image) -> set[int]:
+    """Return the bytes that a strip or tile of a TIFF may have: those of all its rows, or the last strip's.
+
+    Empty where that is not known: of subsampled colours, and of bits that are stored in the other order.
+    """
+    tags = picture.tag_v2
+    if tags.get(262) == 6 or tags.get(266, 1) != 1:
+        return set()
+    width, rows = tags.get(322, picture.width), tags.get(323) or min(tags.get(278, picture.height), picture.height)
+    samples = 1 if tags.get(284) == 2 else tags.get(277, 1)
+    row = (width * samples * tags.get(258, (1,))[0] + 7) // 8
+    return {rows * row, picture.height % rows * row or rows * row}
 
 
 def in_8_bits(luminance: np.ndarray) -> np.ndarray:
