@@ -65,20 +65,21 @@ def test_reversible_differs_from_plain_by_less_than_half_precision_itself(half: 
 def test_half_precision_against_fp32(half: torch.dtype, least: float):
     """With fp32's signs of x̂ − x: in a picture this small, a handful of flipped ones would drown the arithmetic.
 
-    Over four operators, since a single one may lie far off: ours is at 0.29 and 0.33 of what autocast alone does.
+    The gradients of four operators in one vector: where those of the two pictures cancel, a single one may lie far off.
+    In bf16 ours is at 0.16 of what autocast alone does.
     """
     net = IDM.from_checkpoint(ROOT / "weight" / "compact")
     net.invertible = "none"
-    x, ours, careless = photographs(64), 0.0, 0.0
+    x, gradients = photographs(32), []
     for seed in range(4):
-        operator = BlockCompressedSensing.random((64, 64), 0.1, 32, torch.Generator().manual_seed(seed))
+        operator = BlockCompressedSensing.random((32, 32), 0.1, 32, torch.Generator().manual_seed(seed))
         error, exact = gradient(net, operator, x)
         _, rounded = gradient(net, operator, x, half, error.sign())
-        assert cosine(rounded, exact) > least
-        ours += distance(rounded, exact)
         with autocast_alone(net):  # conv_in, conv_out and the injectors' maps in half as well
-            careless += distance(gradient(net, operator, x, half, error.sign())[1], exact)
-    assert ours < 0.8 * careless
+            gradients.append((exact, rounded, gradient(net, operator, x, half, error.sign())[1]))
+    exact, rounded, careless = map(torch.cat, zip(*gradients, strict=True))
+    assert cosine(rounded, exact) > least
+    assert distance(rounded, exact) < 0.8 * distance(careless, exact)
 
 
 def test_full_precision_convolution():
