@@ -108,14 +108,19 @@ def small_weights(measurement: Measurement) -> list[str]:
     return [*tuned, "compact"]
 
 
+def check_channels(net: "IDM", source: str | Path) -> None:
+    """Raise UserError unless a network, which came from `source`, is for images of one channel."""
+    if net.config.in_channels != 1:
+        raise UserError(f"the network of {source} is for images of {net.config.in_channels} channels, but pictures are "
+                        "measured in one, their luminance")
+
+
 def load_network(path: Path, device: torch.device) -> "IDM":
     """Return the network of these weights on the device, ready to reconstruct; raises WeightsError and UserError."""
     from model import IDM  # takes seconds, which a mistake in the flags need not wait for
 
     net = IDM.from_checkpoint(path).eval()
-    if net.config.in_channels != 1:
-        raise UserError(f"the network of {path} is for images of {net.config.in_channels} channels, but pictures are "
-                        "measured in one, their luminance")
+    check_channels(net, path)
     with memory_suffices(f"for the network on {device}; choose another --device"):
         if device.type == "cpu":  # where channels last make the compact network a quarter slower
             return net

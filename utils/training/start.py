@@ -35,6 +35,7 @@ from utils.training.state import (
     restore_random_states,
     seed_all,
 )
+from utils.weights import check_channels
 
 YOUNGER = {"log_damping"}  # parameters that states of earlier versions have not
 
@@ -280,13 +281,11 @@ def check_operators(settings: Settings) -> None:
 def check_fits(net: IDM, settings: Settings) -> None:
     """Raise UserError where the network is not what the settings say, or does not take crops of their size."""
     config = {**net.config, "attention": for_both(net.config.attention, "attention")}
+    source = settings.decay_from or settings.base_model
     for name, value in settings.network().items():
         if config[name] != value:
-            raise UserError(f"the network of {settings.decay_from or settings.base_model} has {name} {config[name]}; "
-                            f"leave out --{name}")
-    if net.config.in_channels != 1:
-        raise UserError(f"the network of {settings.decay_from or settings.base_model} is for images of "
-                        f"{net.config.in_channels} channels, but pictures are measured in one, their luminance")
+            raise UserError(f"the network of {source} has {name} {config[name]}; leave out --{name}")
+    check_channels(net, source)
     measured = settings.measured(settings.cs_ratio.values)
     multiple = math.lcm(net.size_multiple, *(each.side_multiple for each in measured))
     if settings.patch_size % multiple:
